@@ -1,2 +1,3 @@
 "Everything of `collab_deep`, for notebooks: `from collab_deep.all import *`"
+from .data import *
 from .embedding import *
