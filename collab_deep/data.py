@@ -6,7 +6,6 @@
 __all__ = ['movielens_path', 'movielens_100k']
 
 # %% ../nbs/collab_deep/01_data.ipynb #c003
-import csv
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,7 +33,7 @@ _GENRES = ['unknown', 'Action', 'Adventure', 'Animation', "Children's", 'Comedy'
 
 def _text(file, names, **kwargs):
     "The table in `file`, every cell as it is spelled there"
-    return pd.read_csv(file, names=names, dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE, **kwargs)
+    return pd.read_csv(file, names=names, dtype=str, **kwargs)
 
 
 def _from_recbole(path, part):
