@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import sys
+import time
 import timeit
 import traceback
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from torch.utils.benchmark import timer  # waits for an accelerator to finish be
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE/'results'
 QUICK = HERE.parent/'build'/'benchmarks'
+CLOCKS = dict(wall=timer, processor=time.process_time)  # the second does not count while a neighbour runs, nor while it waits
 PACKAGES = ('torch', 'fastai', 'timm', 'numpy', 'paddy-multi')
 
 # --- what is measured -----------------------------------------------------------------------------------------------
@@ -166,9 +168,9 @@ def versions():
         except PackageNotFoundError: return None
     return dict(python=platform.python_version(), **{o: of(o) for o in PACKAGES})
 
-def about(name, seed, threads, quick):
+def about(name, seed, threads, clock, quick):
     load = round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None
-    return dict(machine=machine(), versions=versions(), seeds=dict(all=seed), threads=threads, load_before=load, quick=quick,
+    return dict(machine=machine(), versions=versions(), seeds=dict(all=seed), threads=threads, clock=clock, load_before=load, quick=quick,
                 date=datetime.now(timezone.utc).strftime('%Y-%m-%d %H:%M UTC'),
                 command=f'python benchmarks/run.py {name}{" --quick" if quick else ""}')
 
@@ -176,7 +178,7 @@ def about(name, seed, threads, quick):
 def dumps(result):
     "JSON in the order of its making, a list of numbers on one line, so that two results can be compared line by line"
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
-    return re.sub(r'\[[-+\d\s.,e]+\]', lambda o: ' '.join(o[0].split()), text) + '\n'
+    return re.sub(r'\[\n[-+\d\s.,e]+\]', lambda o: ' '.join(o[0].split()), text) + '\n'
 
 def save(result, folder):
     "Write `result` to `folder`; a quick one never goes where the real ones are"
@@ -187,8 +189,6 @@ def save(result, folder):
     path = folder/f'{result["name"]}.json'
     path.write_text(dumps(result), encoding='utf-8')
     return path
-
-def load(name, folder=RESULTS): return json.loads((Path(folder)/f'{name}.json').read_text(encoding='utf-8'))
 
 # --- running it -----------------------------------------------------------------------------------------------------
 def line(case):
@@ -202,13 +202,14 @@ def line(case):
     params = ', '.join(f'{k} {v}' for k, v in case['params'].items())
     return f'{case["name"]}{f" ({params})" if params else ""}: ' + ' | '.join(show(o) for o in case['variants'])
 
-def measure(name, title, question, cases, findings=None, seed=42, threads=1, quick=False, log=print):
-    "Run all cases; `findings(by_case)` may add numbers that follow from several of them"
+def measure(name, title, question, cases, findings=None, seed=42, threads=1, clock='wall', quick=False, log=print):
+    "Run all cases by `clock`, 'wall' or 'processor' time; `findings(result)` may add numbers that follow from several of them"
+    if clock not in CLOCKS: raise ValueError(f'expected a clock of {list(CLOCKS)}, found {clock!r}')
     torch.set_num_threads(threads)
-    result = dict(name=name, title=title, question=question, about=about(name, seed, threads, quick), findings=[], cases=[])
+    result = dict(name=name, title=title, question=question, about=about(name, seed, threads, clock, quick), findings=[], cases=[])
     speed = dict(rounds=6, block=.001, warmup=1) if quick else {}
     for i, case in enumerate(cases, 1):
-        result['cases'].append(compare(case, seed, **speed))
+        result['cases'].append(compare(case, seed, clock=CLOCKS[clock], **speed))
         log(f'  [{i}/{len(cases)}] {line(result["cases"][-1])}', flush=True)
     if findings and not failures(result): result['findings'] = findings(result)
     return result

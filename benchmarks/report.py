@@ -1,0 +1,98 @@
+"Results as tables and pictures: every ratio stands beside the control's, and the machine beside both"
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+RESULTS = Path(__file__).resolve().parent/'results'
+
+def results(folder=RESULTS):
+    "All results in `folder`, by name"
+    return [json.loads(p.read_text(encoding='utf-8')) for p in sorted(Path(folder).glob('*.json'))]
+
+# --- numbers as text ------------------------------------------------------------------------------------------------
+def time_text(seconds):
+    "A time in the unit that suits it"
+    unit, scale = next(((u, s) for u, s in [('s', 1), ('ms', 1e-3), ('µs', 1e-6)] if abs(seconds) >= s), ('ns', 1e-9))
+    return f'{seconds/scale:.3g} {unit}'
+
+def interval_text(spread, fmt):
+    "Median and its 95% interval; the range where there are too few rounds for an interval"
+    low, high = (spread[k] for k in (('min', 'max') if spread['low'] is None else ('low', 'high')))
+    return f'{fmt(spread["median"])} [{fmt(low)}, {fmt(high)}]'
+
+def ratio_text(spread): return interval_text(spread, '{:.3f}'.format)
+
+def beyond_noise(variant, control):
+    "'slower' or 'faster' where the 95% interval of the median ratio lies clear of the control's, 'no' where they overlap"
+    a, b = variant['ratio'], control['ratio']
+    if a['low'] is None: return 'too few rounds'
+    return 'slower' if a['low'] > b['high'] else 'faster' if a['high'] < b['low'] else 'no'
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+def sides(case):
+    "A case's baseline, control and the others; raises on a result that holds errors"
+    if errors := [o['error'] for o in (case, *case['variants']) if o['error']]: raise ValueError(f'{case["name"]} failed: {errors}')
+    baseline, control, *others = case['variants']
+    return baseline, control, others
+
+def label(case, cases):
+    "A case's name and the parameters that are not the same in all cases"
+    vary = [k for k in case['params'] if len({str(o['params'].get(k)) for o in cases}) > 1]
+    return ', '.join([case['name'], *(f'{case["params"][k]} {k}' for k in vary)])
+
+def row(baseline, control, variant):
+    extra = {f'{k}, {o["name"]}': interval_text(s, '{:.4g}'.format) for o in (baseline, variant) for k, s in o['extra'].items()}
+    return {'variant': variant['name'], f'time {baseline["name"]}': interval_text(baseline['seconds'], time_text),
+            'ratio': ratio_text(variant['ratio']), 'ratio A/A': ratio_text(control['ratio']), 'differs': beyond_noise(variant, control),
+            'time added': interval_text(variant['added'], time_text), 'added A/A': interval_text(control['added'], time_text), **extra}
+
+def table(result):
+    "One row per compared variant: medians with their 95% intervals, the control beside them"
+    rows = [dict(case=label(case, result['cases']), **row(baseline, control, o))
+            for case in result['cases'] for baseline, control, others in [sides(case)] for o in others]
+    return pd.DataFrame(rows).fillna('').set_index('case')
+
+def findings(result):
+    "The numbers that follow from several cases, the control's beside them"
+    def text(o): return interval_text(o, '{:.3f}'.format)
+    return pd.DataFrame([{'finding': o['name'], 'where': o['where'], 'value': text(o), 'A/A': text(o['control'])}
+                         for o in result['findings']]).set_index('finding')
+
+def provenance(results):
+    "Machine, versions, seeds and date, a column per result"
+    def flat(a):
+        m = a['machine']
+        return {'date': a['date'], 'processor': f'{m["cpu"]}, {m["cores"]} cores, {m["simd"]}', 'memory': f'{m["memory_gib"]} GiB',
+                'accelerator': m['accelerator'] or 'none', 'system': f'{m["system"]} {m["arch"]}', 'threads used': a['threads'], 'clock': f'{a["clock"]} time',
+                'load before': a['load_before'], 'seed': ', '.join(map(str, a['seeds'].values())),
+                **a['versions'], 'command': a['command']}
+    return pd.DataFrame({o['name']: flat(o['about']) for o in results})
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+def bar(ax, y, spread, color, name):
+    "A dot at the median, a thick line over its 95% interval, a thin one from quartile to quartile"
+    if spread['low'] is not None: ax.plot([spread['low'], spread['high']], [y, y], color=color, lw=4, alpha=.55, solid_capstyle='butt')
+    ax.plot([spread['q1'], spread['q3']], [y, y], color=color, lw=1)
+    ax.plot(spread['median'], y, 'o', color=color, ms=5, label=name)
+
+def plot(result):
+    "Ratio to the baseline of every variant and of the control, a band per case"
+    cases, rows = result['cases'], [sides(o) for o in result['cases']]
+    fig, ax = plt.subplots(figsize=(8, 1 + .2*sum(2 + len(others) for *_, others in rows)), layout='constrained')
+    names = list(dict.fromkeys(o['name'] for *_, others in rows for o in others))
+    colors, ticks, y = {name: f'C{i}' for i, name in enumerate(names)}, [], 0
+    for _, control, others in rows:
+        ticks.append(y + len(others)/2)
+        for o in (control, *others):
+            bar(ax, y, o['ratio'], 'grey' if o['control'] else colors[o['name']], 'A/A: the baseline again' if o['control'] else o['name'])
+            y += 1
+        y += 1
+    ax.axvline(1, color='grey', lw=.8, ls=':')
+    ax.set_yticks(ticks, [label(o, cases).replace(', ', '\n', 1) for o in cases])
+    ax.invert_yaxis()
+    ax.set(xlabel=f'{result["about"]["clock"]} time relative to {rows[0][0]["name"]!r} in the same round', title=result['title'])
+    legend = dict(zip(*reversed(ax.get_legend_handles_labels())))
+    ax.legend(legend.values(), legend.keys(), frameon=False)
+    return fig
