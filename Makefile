@@ -36,15 +36,19 @@ demo: setup  ## train two targets on real digits and show what comes out
 	paddy-multi train --data digits --out build/demo --overwrite
 
 test: setup  ## nbdev_test and pytest
-	nbdev_test --n_workers 2 --timing
+	nbdev_test --n-workers 2 --timing
 	pytest -q
 
 test-all: setup  ## the same, with what is marked slow
-	nbdev_test --n_workers 2 --timing --flags slow
+	nbdev_test --n-workers 2 --timing --flags slow
 	pytest -q -m "not docs"
 
 test-docs: .venv/.env .venv/.chromium  ## the committed site in a real browser, and against the notebooks
 	pytest -q -m docs
+
+outputs: setup  ## run every notebook and keep its outputs, tidied
+	nbdev-export
+	python tools/outputs.py
 
 docs: setup  ## rebuild docs/ from the notebooks
 	python tools/docs.py -W
@@ -56,4 +60,7 @@ clean:  ## remove what the targets above made, the environment included
 	rm -rf .venv build dist _proc .pytest_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo test test-all test-docs docs bench clean
+# One thread a process: notebooks run side by side, and threads that wait for each other cost more than they bring
+test test-all outputs: export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup demo test test-all test-docs outputs docs bench clean

@@ -1,8 +1,12 @@
 "Hand-written nbdev hooks, named in pyproject.toml: one distribution, one package per folder of `nbs`."
+import re
 from configparser import ConfigParser
-from inspect import Parameter, Signature
+from enum import Enum, EnumType
+from inspect import Parameter, Signature, formatannotation
 from pathlib import Path
+from textwrap import fill
 
+from fastcore.docments import ann_parts, docments
 from nbdev.config import add_init, get_config, set_version
 from nbdev.doclinks import NbdevLookup, _build_modidx
 from nbdev.export import nb_export
@@ -51,29 +55,67 @@ class Route(Processor):
 class DocTable(BasicMarkdownRenderer):
     "`show_doc` as a signature, the docstring, and a table of parameters made from docments"
     def _repr_markdown_(self):
-        docs = getattr(self.dm, 'dm', {})
-        shown = {n: d for n, d in docs.items() if n not in ('self', 'cls')
-                 and (n != 'return' or d.get('docment') or d.get('anno') not in _empty)}
-        parts = ['---', f'{"#"*self.title_level} {self.nm}']
-        if get_config().git_url: parts.append(f'[source]({NbdevLookup().code(self.fn)})')
-        if self.sig is not None: parts.append(f'```python\n{self.nm}{_bare(self.sig)}\n```')
-        if self.docs: parts.append(self.docs)
-        if shown: parts.append('\n'.join(['| | Type | Default | Details |', '|---|---|---|---|'] + [_row(*o) for o in shown.items()]))
-        return '\n\n'.join(parts)
+        table = self._table()
+        parts = [f'{"#"*self.title_level} {_code(self.nm)}']
+        if (source := NbdevLookup().code(self.fn)) and get_config().git_url: parts.append(f'[source]({source})')
+        if self.sig is not None: parts.append(f'```python\n{self._signature(types=not table)}\n```')
+        return '\n\n'.join(parts + [part for part in (self.docs, table) if part])
+
+    def _signature(self, types):
+        "One line or more, with `types` unless they stand in the table; the members of an Enum"
+        if isinstance(self.sym, EnumType): return '\n'.join(f'{self.nm}.{o.name}' for o in self.sym)
+        def shown(anno): return _Shown(_type(anno)) if types and _type(anno) else Parameter.empty
+        params = [p.replace(default=p.default if p.default is p.empty else _Shown(_value(p.default)), annotation=shown(p.annotation))
+                  for n, p in self.sig.parameters.items() if n != 'self']
+        line = f'{self.nm}{Signature(params, return_annotation=shown(self.sig.return_annotation))}'
+        return fill(line, 90, subsequent_indent=' '*4, break_long_words=False, break_on_hyphens=False)
+
+    def _table(self):
+        "A row per parameter if one is documented, without columns that stay empty"
+        docs = {n: d for n, d in docments(self.sym, full=True, args_kwargs=True).items() if n not in ('self', 'cls')}
+        for d in docs.values(): d.anno, d.docment = _unannotated(d.anno, d.docment)
+        if not any(d.docment for d in docs.values()): return ''
+        if not docs['return'].docment and docs['return'].anno in _empty: del docs['return']
+        columns = list(zip(['Parameter', 'Type', 'Default', 'Details'], *(_row(n, d) for n, d in docs.items())))
+        rows = list(zip(*(c for c in columns if any(c[1:]))))
+        return '\n'.join(f'| {" | ".join(r)} |' for r in [rows[0], ['---']*len(rows[0]), *rows[1:]])
 
 
-def _bare(sig):
-    "`sig` without types: those stand in the table"
-    return Signature([p.replace(annotation=Parameter.empty) for n, p in sig.parameters.items() if n != 'self'])
+class _Shown(str):
+    "Text that stands in a signature as it is"
+    __repr__ = str.__str__
 
 
 def _row(name, doc):
-    def code(o, show): return '' if o is Parameter.empty else '`' + show(o).replace('|', r'\|') + '`'
-    label = '**Returns**' if name == 'return' else f'`{name}`'
-    details = (doc.get('docment') or '').replace('\n', ' ')
-    anno = doc.get('anno')
-    return f"| {label} | {'' if anno is None else code(anno, _type)} | {code(doc.get('default', Parameter.empty), repr)} | {details} |"
+    stars = {Parameter.VAR_POSITIONAL: '*', Parameter.VAR_KEYWORD: '**'}.get(doc.get('kind'), '')
+    return ('**Returns**' if name == 'return' else _code(stars + name),
+            _code(_type(doc.anno), space=''),
+            '' if doc.default is Parameter.empty else _code(_value(doc.default)),
+            _cell(doc.docment or ''))
+
+
+def _unannotated(anno, doc):
+    "The type in an `Annotated`, and the help that a typer option in it gives"
+    anno, extras = ann_parts(anno)
+    return anno, doc or next((o.help for o in extras if getattr(o, 'help', None)), None)
+
+
+def _value(default):
+    "A default as a reader would write it: functions and classes by name, no memory addresses"
+    if isinstance(default, Enum): return str(default)
+    return getattr(default, '__name__', None) or re.sub(r' at 0x[0-9a-f]+', '', repr(default))
 
 
 def _type(anno):
-    return anno.__name__ if isinstance(anno, type) and not hasattr(anno, '__args__') else str(anno).replace('typing.', '')
+    "`anno` without module names; nothing for the type of a None that stands as a default"
+    anno, _ = ann_parts(anno)
+    if anno in (*_empty, type(None)): return ''
+    return re.sub(r'\b(?:\w+\.)+(?=\w)', '', formatannotation(anno)).strip("'")
+
+
+def _code(text, space=' '):
+    "`text` as code; between spaces, which Markdown drops, nbdev does not take it for a symbol to link"
+    return f'`{space}{_cell(text)}{space}`' if text else ''
+
+
+def _cell(text): return text.replace('\n', ' ').replace('|', r'\|')

@@ -1,2 +1,3 @@
 "Everything of `paddy_multi`, for notebooks: `from paddy_multi.all import *`"
 from .data import *
+from .sliced import *
