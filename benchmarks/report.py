@@ -32,33 +32,46 @@ def beyond_noise(variant, control):
 
 # --- tables ---------------------------------------------------------------------------------------------------------
 def sides(case):
-    "A case's baseline, control and the others; raises on a result that holds errors"
+    "A case's baseline, control and the others; `ValueError` for a result that holds errors"
     if errors := [o['error'] for o in (case, *case['variants']) if o['error']]: raise ValueError(f'{case["name"]} failed: {errors}')
-    baseline, control, *others = case['variants']
-    return baseline, control, others
+    return case['variants']
 
 def label(case, cases):
     "A case's name and the parameters that are not the same in all cases"
     vary = [k for k in case['params'] if len({str(o['params'].get(k)) for o in cases}) > 1]
     return ', '.join([case['name'], *(f'{case["params"][k]} {k}' for k in vary)])
 
-def row(baseline, control, variant):
-    extra = {f'{k}, {o["name"]}': interval_text(s, '{:.4g}'.format) for o in (baseline, variant) for k, s in o['extra'].items()}
-    return {'variant': variant['name'], f'time {baseline["name"]}': interval_text(baseline['seconds'], time_text),
-            'ratio': ratio_text(variant['ratio']), 'ratio A/A': ratio_text(control['ratio']), 'differs': beyond_noise(variant, control),
-            'time added': interval_text(variant['added'], time_text), 'added A/A': interval_text(control['added'], time_text), **extra}
+def frame(rows, name):
+    "Rows as a table, named by their column `name`, under a single line of headings"
+    return pd.DataFrame(rows).fillna('').set_index(name).rename_axis(None).rename_axis(name, axis=1)
 
-def table(result):
-    "One row per compared variant: medians with their 95% intervals, the control beside them"
-    rows = [dict(case=label(case, result['cases']), **row(baseline, control, o))
-            for case in result['cases'] for baseline, control, others in [sides(case)] for o in others]
-    return pd.DataFrame(rows).fillna('').set_index('case')
+def rows(result):
+    "Each compared variant with its case's label, baseline and control"
+    for case in result['cases']:
+        baseline, control, *others = sides(case)
+        for o in others: yield dict(case=label(case, result['cases']), variant=o['name']), baseline, control, o
+
+def ratios(result):
+    "Time of each variant over the baseline's, the control's ratio beside it"
+    return frame([dict(**name, **{'ratio': ratio_text(o['ratio']), 'A/A': ratio_text(control['ratio']), 'differs': beyond_noise(o, control)})
+                  for name, _, control, o in rows(result)], 'case')
+
+def times(result):
+    "Time of the baseline, and what each variant adds to it"
+    def text(spread): return interval_text(spread, time_text)
+    return frame([dict(**name, **{base['name']: text(base['seconds']), 'added': text(o['added']), 'added A/A': text(control['added'])})
+                  for name, base, control, o in rows(result)], 'case')
+
+def extras(result):
+    "What was measured besides time, of baseline and variants"
+    def text(spread): return interval_text(spread, '{:.4g}'.format)
+    return frame([dict(**name, **{f'{k}, {o["name"]}': text(s) for o in (base, variant) for k, s in o['extra'].items()})
+                  for name, base, _, variant in rows(result)], 'case')
 
 def findings(result):
     "The numbers that follow from several cases, the control's beside them"
     def text(o): return interval_text(o, '{:.3f}'.format)
-    return pd.DataFrame([{'finding': o['name'], 'where': o['where'], 'value': text(o), 'A/A': text(o['control'])}
-                         for o in result['findings']]).set_index('finding')
+    return frame([{'finding': o['name'], 'value': text(o), 'A/A': text(o['control']), 'where': o['where']} for o in result['findings']], 'finding')
 
 def provenance(results):
     "Machine, versions, seeds and date, a column per result"
@@ -79,20 +92,18 @@ def bar(ax, y, spread, color, name):
 
 def plot(result):
     "Ratio to the baseline of every variant and of the control, a band per case"
-    cases, rows = result['cases'], [sides(o) for o in result['cases']]
-    fig, ax = plt.subplots(figsize=(8, 1 + .2*sum(2 + len(others) for *_, others in rows)), layout='constrained')
-    names = list(dict.fromkeys(o['name'] for *_, others in rows for o in others))
+    cases, bands = result['cases'], [sides(o)[1:] for o in result['cases']]
+    names = dict.fromkeys(o['name'] for band in bands for o in band if not o['control'])
     colors, ticks, y = {name: f'C{i}' for i, name in enumerate(names)}, [], 0
-    for _, control, others in rows:
-        ticks.append(y + len(others)/2)
-        for o in (control, *others):
-            bar(ax, y, o['ratio'], 'grey' if o['control'] else colors[o['name']], 'A/A: the baseline again' if o['control'] else o['name'])
-            y += 1
-        y += 1
+    fig, ax = plt.subplots(figsize=(8, 1 + .2*sum(1 + len(band) for band in bands)), layout='constrained')
+    for band in bands:
+        ticks.append(y + (len(band)-1)/2)
+        for y, o in enumerate(band, y): bar(ax, y, o['ratio'], colors.get(o['name'], 'grey'), 'A/A: the baseline again' if o['control'] else o['name'])
+        y += 2
     ax.axvline(1, color='grey', lw=.8, ls=':')
     ax.set_yticks(ticks, [label(o, cases).replace(', ', '\n', 1) for o in cases])
     ax.invert_yaxis()
-    ax.set(xlabel=f'{result["about"]["clock"]} time relative to {rows[0][0]["name"]!r} in the same round', title=result['title'])
+    ax.set(xlabel=f'{result["about"]["clock"]} time relative to {sides(cases[0])[0]["name"]!r} in the same round', title=result['title'])
     legend = dict(zip(*reversed(ax.get_legend_handles_labels())))
     ax.legend(legend.values(), legend.keys(), frameon=False)
     return fig

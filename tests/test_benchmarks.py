@@ -189,17 +189,27 @@ def test_json_round_trip(result, tmp_path):
 def test_strings_in_brackets_survive(): assert json.loads(harness.dumps(dict(a='[1,   2]  '))) == dict(a='[1,   2]  ')
 
 def test_tables_say_what_differs(result):
-    df = report.table(result)
-    assert list(df.index) == ['two, 1 n', 'even, 2 n'] and list(df.differs) == ['slower', 'no']
-    assert df['ratio'].iloc[0] == '1.500 [1.500, 1.500]' and df['ratio A/A'].iloc[0] == '1.000 [1.000, 1.000]'
-    assert df['time a'].iloc[0] == '2 ms [2 ms, 2 ms]' and df['time added'].iloc[0] == '1 ms [1 ms, 1 ms]'
+    df, times = report.ratios(result), report.times(result)
+    assert list(df.index) == list(times.index) == ['two, 1 n', 'even, 2 n'] and list(df.differs) == ['slower', 'no']
+    assert df.iloc[0].tolist() == ['b', '1.500 [1.500, 1.500]', '1.000 [1.000, 1.000]', 'slower']
+    assert times.iloc[0].tolist() == ['b', '2 ms [2 ms, 2 ms]', '1 ms [1 ms, 1 ms]', '0 ns [0 ns, 0 ns]']
     assert report.provenance([result]).loc['seed', 'made_up'] == '3'
 
+def test_a_faster_variant_is_called_faster():
+    case = compare(Case('two', two(clock := Clock(), .003, .002)), clock=clock)
+    assert report.ratios(dict(cases=[case])).differs.tolist() == ['faster']
+
 def test_too_few_rounds_claim_nothing():
-    clock = Clock()
-    case = compare(Case('two', two(clock)), clock=clock, rounds=5)
+    case = compare(Case('two', two(clock := Clock())), clock=clock, rounds=5)
     assert 'b 1.500 |' in harness.line(case)+' |'
-    assert report.table(dict(cases=[case])).differs.tolist() == ['too few rounds']
+    df = report.ratios(dict(cases=[case]))
+    assert df.differs.tolist() == ['too few rounds'] and df.ratio.tolist() == ['1.500 [1.500, 1.500]']   # then: the range
+
+def test_extra_measures_stand_side_by_side():
+    def of(x): return Variant(lambda: x, measure=lambda o: dict(loss=o))
+    case = compare(Case('c', lambda: {'a': of(.5), 'b': of(.25)}), rounds=6)
+    row = report.extras(dict(cases=[case])).iloc[0]
+    assert (row['loss, a'], row['loss, b']) == ('0.5 [0.5, 0.5]', '0.25 [0.25, 0.25]')
 
 def test_a_plot_shows_every_variant_and_control(result):
     ax, = report.plot(result).axes
@@ -210,7 +220,7 @@ def test_a_plot_shows_every_variant_and_control(result):
 
 def test_a_failed_result_is_not_shown(result):
     result['cases'][0]['variants'][2]['error'] = 'ValueError: no'
-    with pytest.raises(ValueError, match="two failed: .*ValueError: no"): report.table(result)
+    with pytest.raises(ValueError, match="two failed: .*ValueError: no"): report.ratios(result)
 
 @pytest.mark.parametrize('seconds,text', [(2.5, '2.5 s'), (.0123, '12.3 ms'), (-4e-5, '-40 µs'), (3e-8, '30 ns'), (0, '0 ns')])
 def test_times_as_text(seconds, text): assert report.time_text(seconds) == text
@@ -257,7 +267,7 @@ def test_quick_mode(name, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     res, = report.results(tmp_path)
     assert res['about']['quick'] and not harness.failures(res) and f'[1/1] {name}' in done.stdout
-    assert not report.table(res).empty
+    assert not report.ratios(res).empty
 
 def test_an_unknown_name_is_refused(capsys):
     with pytest.raises(SystemExit): run.main(['slicd'])
