@@ -5,13 +5,13 @@ export PATH := $(CURDIR)/$(B):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | column -t -s "$$(printf '\t')"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # --- set-up steps, each done once -----------------------------------------------------------------------------------
 .venv/.env: settings.ini setup.py pyproject.toml constraints.txt
 	@echo "== environment: pinned packages into .venv (about 6 GB, 2 to 5 minutes the first time)"
 	test -x $(B)/python || $(PY) -m venv .venv
-	$(B)/python -m pip install --progress-bar off -q -c constraints.txt -e ".[dev,docs]"
+	$(B)/python -m pip install -c constraints.txt -e ".[dev,docs]"
 	ln -sf nbdev-test $(B)/nbdev_test
 	@touch $@
 
