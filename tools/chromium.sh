@@ -8,4 +8,4 @@ sudo=""; [ "$(id -u)" = 0 ] || sudo=sudo
 command -v apt-get >/dev/null || { echo "no Chromium found and no apt-get to install it with: install Chromium and try again" >&2; exit 1; }
 echo "== browser: installing chromium from Debian's packages"
 $sudo apt-get update -qq
-DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq --no-install-recommends chromium >/dev/null
+$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null
