@@ -50,7 +50,8 @@ outputs: setup  ## run every notebook and keep its outputs, tidied
 	nbdev-export
 	python tools/outputs.py
 
-docs: setup  ## rebuild docs/ from the notebooks
+docs: setup  ## rebuild docs/ and README.md from the notebooks
+	python tools/readme.py
 	python tools/docs.py -W
 
 bench: setup  ## rewrite benchmarks/results (minutes)
