@@ -4,14 +4,20 @@ import json
 import re
 import shutil
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Annotated
 from urllib.parse import unquote, urldefrag
 
 import pytest
+import typer
 from bs4 import BeautifulSoup
+
+from paddy_multi._nbdev import DocTable
 
 pytestmark = [pytest.mark.docs, pytest.mark.filterwarnings('ignore:.*:PendingDeprecationWarning', 'ignore:.*torch.jit:FutureWarning')]
 ROOT = Path(__file__).parents[1]
@@ -42,8 +48,7 @@ def test_changed_notebooks_are_noticed(docs, tmp_path):
     text = data.read_text(encoding='utf-8')
     assert text.count('real handwritten digits (8 by 8 pixels') == 1
     data.write_text(text.replace('real handwritten digits (8 by 8 pixels', 'real handwritten letters (8 by 8 pixels'), encoding='utf-8')
-    extra = dict(cells=[dict(cell_type='markdown', id='a', metadata={}, source='# One more page')], metadata={}, nbformat=4, nbformat_minor=5)
-    (nbs/'paddy_multi/99_more.ipynb').write_text(json.dumps(extra))
+    (nbs/'paddy_multi/99_more.ipynb').write_text(notebook(dict(cell_type='markdown', source='# One more page')))
     found = docs.check(DOCS, nbs)
     assert 'differs: paddy_multi/data.html' in found and 'missing: paddy_multi/more.html' in found
 
@@ -84,6 +89,71 @@ def test_symbols_link_to_their_own_api():
             assert any(anchor.endswith(f'-{slug}') for slug in slugs), f'{page}: `{code.text}` leads to {anchor}'
             seen.add(anchor)
     assert {'paddy-multi-sliced-combined-loss', 'collab-deep-embedding-embedding'} <= seen, seen
+
+
+def notebook(*cells):
+    return json.dumps(dict(cells=[dict(id=f'c{i}', metadata={}, **cell) for i, cell in enumerate(cells)], metadata={}, nbformat=4, nbformat_minor=5))
+
+
+def test_what_a_page_shows(docs, tmp_path):
+    nbs = shutil.copytree(ROOT/'nbs', tmp_path/'nbs', ignore=shutil.ignore_patterns('tutorials'))
+    def md(source): return dict(cell_type='markdown', source=source)
+    def code(source, out): return dict(cell_type='code', execution_count=1, source=source, outputs=[dict(output_type='stream', name='stdout', text=out)])
+    path = nbs/'tutorials/01_trial.ipynb'
+    path.parent.mkdir()
+    path.write_text(notebook(
+        md('# A trial'), md('See [the folder](../paddy_multi/00_data.ipynb#the-folder), `combined_loss`, `CombinedLoss.n_none`, `CombinedLoss.__call__` and `nothing`.'),
+        code('print("seen")', '10%\r50%\rfinished\n'), code('print("no more")', '10%\r100%\r'),
+        code('#| echo: false\nprint("only out")', 'alone'), code('#| output: false\nprint("only code")', 'unseen'),
+        code('#| hide\nprint("secret")', 'unseen'), code('#| code-fold: true\nprint("folded")', 'from the fold')))
+    docs.build(tmp_path/'docs', nbs, strict=True)
+    page = BeautifulSoup((tmp_path/'docs/tutorials/trial.html').read_text(encoding='utf-8'), 'html.parser').article
+    links = {a.text: a['href'] for a in page.select('a.reference.internal')}
+    assert links == {'the folder': '../paddy_multi/data.html#the-folder',
+                     'combined_loss': '../paddy_multi/sliced.html#paddy-multi-sliced-combined-loss',
+                     'CombinedLoss.__call__': '../paddy_multi/sliced.html#paddy-multi-sliced-combinedloss'}
+    assert [o.text.strip() for o in page.select('.cell_output')] == ['finished', 'alone', 'from the fold']
+    assert [o.text.strip() for o in page.select('.cell_input')] == [f'print("{o}")' for o in ('seen', 'no more', 'only code', 'folded')]
+    assert 'print("folded")' in page.select_one('details').text
+
+
+class Kind(Enum): a = 1
+
+
+def test_api_table():
+    def f(
+        x:str|Path, # one | two
+        f:Callable[[int], float]=len, # a function
+        y=None, # of no type
+        *args:int, # many
+        kind:Kind=Kind.a, o=object(),
+        **kwargs, # more
+    )->dict: # by name
+        "What it does"
+    def command(out:Annotated[Path, typer.Option(help='File to write')]): pass
+    def plain(x, y:Path=None)->int: "No table"
+
+    assert DocTable(f, name='f')._repr_markdown_() == """### ` f `
+
+```python
+f(x, f=len, y=None, *args, kind=Kind.a, o=<object object>, **kwargs)
+```
+
+What it does
+
+| Parameter | Type | Default | Details |
+| --- | --- | --- | --- |
+| ` x ` | `str \\| Path` |  | one \\| two |
+| ` f ` | `Callable[[int], float]` | ` len ` | a function |
+| ` y ` |  | ` None ` | of no type |
+| ` *args ` | `int` |  | many |
+| ` kind ` | `Kind` | ` Kind.a ` |  |
+| ` o ` | `object` | ` <object object> ` |  |
+| ` **kwargs ` |  |  | more |
+| **Returns** | `dict` |  | by name |"""
+    assert DocTable(command)._repr_markdown_().endswith('| ` out ` | `Path` | File to write |')
+    assert 'plain(x, y: Path = None) -> int\n' in DocTable(plain, name='plain')._repr_markdown_()
+    assert '```python\nKind.a\n```' in DocTable(Kind, name='Kind')._repr_markdown_()
 
 
 # --- in the browser -------------------------------------------------------------------------------------------------

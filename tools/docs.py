@@ -79,9 +79,17 @@ def markdown(source): return dict(cell_type='markdown', metadata={}, source=sour
 
 
 def code(cell):
-    if not cell.source.strip() and not cell.outputs: return None
+    outputs = [out for o in cell.outputs if (out := terminal(o))]
+    if not cell.source.strip() and not outputs: return None
     tags = [tag for (key, value), tag in TAGS.items() if cell.directives_.get(key) == value]
-    return dict(cell_type='code', metadata=dict(tags=tags), execution_count=None, outputs=cell.outputs, source=cell.source.strip('\n'))
+    return dict(cell_type='code', metadata=dict(tags=tags), execution_count=None, outputs=outputs, source=cell.source.strip('\n'))
+
+
+def terminal(output):
+    "What stays of printed text on a terminal, where a progress bar overwrites itself"
+    if output.output_type != 'stream': return output
+    text = re.sub(r'.*\r(?!\n)', '', ''.join(output.text))
+    return output | {'text': text} if text.strip() else None
 
 
 # --- links ----------------------------------------------------------------------------------------------------------
@@ -92,8 +100,8 @@ class Linker:
         self.ours = re.compile(rf'\[(`[^`]+`)\]\([^)\s]*?/((?:{"|".join(packages())})/[\w/]+)\.html#([\w.]+)\)')
 
     def page(self, page:Page):
-        first = sorted(packages(), key=lambda p: p != page.notebook.parts[0])  # a page's own package wins over the other
-        lookup = NbdevLookup(strip_libs=' '.join(first))
+        own_first = sorted(packages(), key=lambda p: p != page.notebook.parts[0])  # a page's own package wins over the other
+        lookup = NbdevLookup(strip_libs=' '.join(own_first))
         for cell in page.cells:
             if cell['cell_type'] == 'markdown': cell['source'] = self.text(cell['source'], lookup)
             for out in cell.get('outputs', []):
@@ -139,6 +147,7 @@ def build(dest:Path, nbs:Path=None, strict:bool=False):
     next(p for p in pages if p.name == 'index').cells.append(navigation(pages))
     with tempfile.TemporaryDirectory() as work:
         source, html = Path(work)/'source', Path(work)/'html'
+        shutil.copytree(nbs, source, ignore=shutil.ignore_patterns('*.ipynb', '.*', '_*'))  # pictures
         for page in pages: page.save(source)
         options = ['-q', '-c', TOOLS, '-d', Path(work)/'doctrees'] + ['-W', '--keep-going']*strict
         if failed := sphinx([str(o) for o in [*options, source, html]]): sys.exit(failed)
