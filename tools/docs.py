@@ -189,14 +189,14 @@ def differences(fresh:Path, kept:Path) -> list:
 
 def check(kept:Path, nbs:Path=None) -> list:
     with tempfile.TemporaryDirectory() as work:
-        build(Path(work)/'docs', nbs)
+        build(Path(work)/'docs', nbs, strict=True)
         return differences(Path(work)/'docs', kept)
 
 
 def main():
     parser = argparse.ArgumentParser(description='Build docs/ from the notebooks')
     parser.add_argument('-W', '--strict', action='store_true', help="fail at Sphinx's warnings")
-    parser.add_argument('--check', action='store_true', help='build elsewhere and list where docs/ differs')
+    parser.add_argument('--check', action='store_true', help='build elsewhere, strictly, and list where docs/ differs')
     args, docs = parser.parse_args(), get_config().doc_path
     if not args.check: return build(docs, strict=args.strict)
     if lines := check(docs): sys.exit('\n'.join([*lines, 'docs/ does not hold what the notebooks say: run `make docs` and commit docs/']))
