@@ -1,8 +1,8 @@
 """Run notebooks and keep outputs fit to be read: python tools/outputs.py [notebook ...]
 
 nbdev runs the cells and saves what they print. Progress bars are then reduced to what they leave on a terminal, and
-warnings of installed packages, which name paths of this machine, are dropped. `--check` runs nothing: it lists outputs
-that hold an error or a machine's path, and exits with 1 if there are any."""
+warnings of installed packages, which name paths of this machine, are dropped. `--check` runs nothing: it lists cells
+that hold an error output or a machine's path, and exits with 1 if there are any."""
 import argparse
 import json
 import re
@@ -12,6 +12,7 @@ from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
 bin_dir = Path(sys.executable).parent
+package_warning = re.compile(r'^\S*site-packages\S*:\d+: \w+: .*\n?(?:  .*\n?)?', re.M)  # and the line of code below it
 machine_path = re.compile(r'(?<![\w.])/(?:home|root|tmp|usr|opt|work|Users|var|mnt|private)/[\w.-]+')
 
 
@@ -24,9 +25,7 @@ def on_terminal(text:str) -> str:
 def tidy_output(output:dict) -> dict|None:
     "`output` as it should be kept, None for nothing"
     if output['output_type'] != 'stream': return output
-    text = ''.join(output['text'])
-    if output['name'] == 'stderr' and 'site-packages' in text: return None
-    text = on_terminal(text)
+    text = on_terminal(package_warning.sub('', ''.join(output['text'])))
     last = text.rsplit('\n', 1)[-1]
     if '|' in last and '%' in last: text = text[:-len(last)]  # a bar that nothing came after
     return {**output, 'text': text.splitlines(True)} if text.strip() else None
@@ -40,13 +39,22 @@ def tidy(path:Path):
     path.write_text(json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True)+'\n', encoding='utf-8')
 
 
+def strings(value):
+    "All text in a JSON value"
+    if isinstance(value, str): return [value]
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [s for child in children for s in strings(child)]
+
+
 def faults(path:Path) -> list:
-    "What an output of the notebook at `path` must not hold"
+    "What a cell of the notebook at `path` must not hold"
+    def of(i, cell):
+        for o in cell.get('outputs', []):
+            if o['output_type'] == 'error': yield f'{path.name}, cell {i}: an error output, {o["ename"]}'
+        for text in strings(cell):
+            if m := machine_path.search(text): yield f"{path.name}, cell {i}: a machine's path, {m[0]}"
     cells = json.loads(path.read_text(encoding='utf-8'))['cells']
-    def of(i, output):
-        if output['output_type'] == 'error': yield f'{path.name}, cell {i}: an error output, {output["ename"]}'
-        if m := machine_path.search(json.dumps(output)): yield f"{path.name}, cell {i}: a machine's path, {m[0]}"
-    return [fault for i, cell in enumerate(cells) for output in cell.get('outputs', []) for fault in of(i, output)]
+    return [fault for i, cell in enumerate(cells) for fault in of(i, cell)]
 
 
 def notebooks(): return sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
