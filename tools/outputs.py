@@ -25,7 +25,7 @@ def on_terminal(text:str) -> str:
 def tidy_output(output:dict) -> dict|None:
     "`output` as it should be kept, None for nothing"
     if output['output_type'] != 'stream': return output
-    text = on_terminal(package_warning.sub('', ''.join(output['text'])))
+    text = package_warning.sub('', on_terminal(''.join(output['text'])))
     last = text.rsplit('\n', 1)[-1]
     if '|' in last and '%' in last: text = text[:-len(last)]  # a bar that nothing came after
     return {**output, 'text': text.splitlines(True)} if text.strip() else None
