@@ -3,6 +3,7 @@ import re
 from configparser import ConfigParser
 from enum import Enum, EnumType
 from inspect import Parameter, Signature, formatannotation
+from os.path import relpath
 from pathlib import Path
 from textwrap import fill
 
@@ -25,10 +26,10 @@ def settings(cfg):
 
 def package_of(nb:Path, nbs:Path, packages:list) -> str:
     "The package that the exporting notebook `nb` writes to: the folder of `nbs` it stands in"
-    pkg, *rest = nb.relative_to(nbs).parts
-    if rest and pkg in packages: return pkg
+    for package in packages:
+        if nb.is_relative_to(nbs/package): return package
     folders = ' or '.join(f'nbs/{p}' for p in packages)
-    raise ValueError(f'{nb.relative_to(nbs.parent)} has export cells but stands in no package: move it to {folders}')
+    raise ValueError(f'{relpath(nb, nbs.parent)} has export cells but stands in no package: move it to {folders}')
 
 
 class Route(Processor):

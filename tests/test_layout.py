@@ -88,6 +88,13 @@ def test_export_outside_a_package_is_refused(checkout, changes, name, cells):
     assert changes() == [name] and not (checkout/'unrouted').exists()
 
 
+def test_export_of_a_notebook_elsewhere_is_refused(checkout, changes):
+    path = notebook(checkout/'tests/x.ipynb', '#| export\nx = 1')
+    done = in_checkout(checkout, 'nbdev-export', '--path', path)
+    assert done.returncode != 0 and 'ValueError: tests/x.ipynb has export cells but stands in no package: ' in done.stderr
+    assert changes() == ['tests/x.ipynb']
+
+
 def test_a_tutorial_exports_nothing(checkout, changes):
     notebook(checkout/'nbs/tutorials/x.ipynb', '#| hide\nimport nbdev; nbdev.nbdev_export()', 'x = 1')
     succeeds(in_checkout(checkout, 'nbdev-export'))
