@@ -1,3 +1,6 @@
 "Everything of `paddy_multi`, for notebooks: `from paddy_multi.all import *`"
 from .data import *
 from .sliced import *
+from .kinds import *
+from .targets import *
+from .loss import *
