@@ -4,3 +4,4 @@ from .sliced import *
 from .kinds import *
 from .targets import *
 from .loss import *
+from .metrics import *
