@@ -1,5 +1,7 @@
 "Everything of `collab_deep`, for notebooks: `from collab_deep.all import *`"
 from .data import *
 from .embedding import *
+from .factor_model import *
 from .loaders import *
+from .models import *
 from .splits import *
