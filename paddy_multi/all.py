@@ -5,3 +5,5 @@ from .kinds import *
 from .targets import *
 from .loss import *
 from .metrics import *
+from .learner import *
+from .show import *
