@@ -7,3 +7,5 @@ from .loss import *
 from .metrics import *
 from .learner import *
 from .show import *
+from .chunks import *
+from .microbatch import *
