@@ -11,7 +11,7 @@ help:  ## list the targets
 .venv/.env: settings.ini setup.py pyproject.toml constraints.txt
 	@echo "== environment: pinned packages into .venv (about 6 GB, 2 to 5 minutes the first time)"
 	test -x $(B)/python || $(PY) -m venv .venv
-	$(B)/python -m pip install -c constraints.txt -e ".[dev,docs]"
+	$(B)/python -m pip install -c constraints.txt -e ".[dev,docs,stratify]"
 	ln -sf nbdev-test $(B)/nbdev_test
 	@touch $@
 

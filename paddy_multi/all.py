@@ -9,3 +9,6 @@ from .learner import *
 from .show import *
 from .chunks import *
 from .microbatch import *
+from .paddy import *
+from .weights import *
+from .splitters import *
