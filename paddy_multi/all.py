@@ -6,6 +6,7 @@ from .targets import *
 from .loss import *
 from .metrics import *
 from .learner import *
+from .dataloaders import *
 from .show import *
 from .chunks import *
 from .microbatch import *

@@ -59,6 +59,12 @@ class Target:
         if self.loss: res._check_loss()
         return res
 
+    def reading(self, get)->'Target':
+        "A copy whose label is what `get` gives for an item"
+        res = copy(self)
+        res.get = get
+        return res
+
     def encode(self, label)->list:
         "`label` as `n_cols` numbers"
         return [math.nan]*self.n_cols if is_missing(label) else self._encode(label)

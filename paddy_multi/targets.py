@@ -7,7 +7,6 @@ __all__ = ['TensorTargets', 'TargetRow', 'by_name', 'TargetTable', 'Targets', 'E
 
 # %% ../nbs/paddy_multi/03_targets.ipynb #c003
 import warnings
-from copy import copy
 from multiprocessing.context import get_spawning_popen
 from operator import itemgetter
 from pathlib import Path
@@ -50,9 +49,13 @@ class by_name:
         if (twice := df[key][df[key].duplicated()]).size: raise ValueError(f'column {key!r} names {_some(set(twice))} more than once: keep one row a file')
         self.key,self.col,self.labels = key,col,dict(zip(df[key], df[col]))
 
+    def key_of(self, item)->str:
+        "What `item` is called in the column `key`"
+        return Path(item).name
+
     def __call__(self, item):
         if self.labels is None: raise RuntimeError(f'{self.col}: an exported learner holds no labels; give them as test items with labels of their own')
-        name = Path(item).name
+        name = self.key_of(item)
         if name not in self.labels: raise KeyError(f'{name!r} has no row in column {self.key!r}, where {self.col!r} is looked up')
         return self.labels[name]
 
@@ -169,11 +172,10 @@ class _GetLabels(Transform):  # fastai wraps a plain callable in a closure, whic
 
 def _from_column(col, name, kind):
     "The target for a column of a table, read by its name"
-    if isinstance(kind, Target): target = copy(kind)
+    if isinstance(kind, Target): target = kind
     elif kind is not None and kind not in _kinds: raise ValueError(f'{name}: expected a kind of {list(_kinds)} or a target, found {kind!r}')
     else: target = _kinds[kind or _kind_of(col, name)](**(dict(vocab=list(col.cat.categories)) if isinstance(col.dtype, pd.CategoricalDtype) and kind != 'regression' else {}))
-    if target.get is None: target.get = itemgetter(name)
-    return target
+    return target if target.get else target.reading(itemgetter(name))
 
 def _kind_of(col, name):
     "The kind that the type of a column tells"
@@ -208,6 +210,6 @@ def _check_items(declared, items):
     "Every item must have a row in every table that `by_name` reads; a row without an item is warned of"
     for name, get in ((name, declared[name].get) for name in declared.names):
         if not isinstance(get, by_name): continue
-        names = {Path(o).name for o in items}
+        names = {get.key_of(o) for o in items}
         if lost := names - get.labels.keys(): raise KeyError(f'{name}: {len(lost)} items have no row in column {get.key!r}, such as {_some(lost, 3)}: add rows, with an empty label where it is unknown, or leave the items out')
         if unused := get.labels.keys() - names: warnings.warn(f'{name}: {len(unused)} rows of column {get.key!r} have no item, such as {_some(unused, 3)}')
