@@ -13,3 +13,4 @@ from .microbatch import *
 from .paddy import *
 from .weights import *
 from .splitters import *
+from .predict import *
