@@ -101,6 +101,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'collab_deep/factor_model.py'),
                                           'collab_deep.factor_model.factor_model': ( 'collab_deep/factor_model.html#factor_model',
                                                                                      'collab_deep/factor_model.py')},
+            'collab_deep.fold_in': { 'collab_deep.fold_in.fold_in': ('collab_deep/fold_in.html#fold_in', 'collab_deep/fold_in.py'),
+                                     'collab_deep.fold_in.fold_row': ('collab_deep/fold_in.html#fold_row', 'collab_deep/fold_in.py')},
             'collab_deep.implicit': { 'collab_deep.implicit.BPRCallback': ( 'collab_deep/implicit.html#bprcallback',
                                                                             'collab_deep/implicit.py'),
                                       'collab_deep.implicit.BPRCallback.__init__': ( 'collab_deep/implicit.html#bprcallback.__init__',

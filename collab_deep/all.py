@@ -4,6 +4,7 @@ from .embedding import *
 from .evaluate import *
 from .explain import *
 from .factor_model import *
+from .fold_in import *
 from .implicit import *
 from .learner import *
 from .loaders import *
