@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .factor_model import FactorModel
+from .fold_in import fold_in
 from .models import CollabModel, DotProductBias
 
 # %% ../nbs/collab_deep/06_recommend.ipynb #c006
@@ -182,7 +183,7 @@ def top_lists(
 # %% ../nbs/collab_deep/06_recommend.ipynb #c019
 def recommend(
     learn,                           # A learner, or a `Recommender`
-    users,                           # A user's id, or a list, array or Series of them; a dict {item: rating} for someone new
+    users,                           # A user's id, or a list, array or Series of them; a dict {item: rating} for someone new, or a set of items that they took
     k:int=10,                        # Items for each user
     exclude_seen:bool=True,          # Leave out what the user has rated in training?
     filter:Callable|Collection=None, # Which items may be recommended: a function of the id, or a collection of ids
@@ -190,7 +191,7 @@ def recommend(
     "The `k` items that `learn` scores highest for a user, or for each of several"
     rec, k = as_recommender(learn), list_length(k)
     allowed = None if filter is None else _allowed(rec, filter)
-    if isinstance(users, dict): return _for_someone_new(rec, users, k, exclude_seen, allowed)
+    if isinstance(users, (dict, set)): return _for_someone_new(rec, users, k, exclude_seen, allowed)
     one = isinstance(users, str) or pd.api.types.is_scalar(users)
     ids = [users] if one else list(users)
     values, cols = map(torch.cat, zip(*top_lists(rec, rec.known(rec.user, ids), k, exclude_seen, allowed)))
@@ -214,13 +215,12 @@ def _table(rec, values, cols):
 
 
 def _for_someone_new(rec, ratings, k, exclude_seen, allowed):
-    "The table for a user with these `ratings`, {item: rating}"
-    from collab_deep.fold_in import fold_in
+    "The table for a user with these `ratings`, {item: rating}, or who took these items"
     rated, row = rec.known(rec.item, list(ratings)), fold_in(rec, ratings)
     alone = replace(rec, seen=(torch.tensor([0, len(rated)]), rated))  # of one user, index 0
     return _table(rec, *next(top_lists(alone, torch.tensor([0]), k, exclude_seen, allowed, lambda _: rec.model.scores_of(row[None]))))
 
-# %% ../nbs/collab_deep/06_recommend.ipynb #c026
+# %% ../nbs/collab_deep/06_recommend.ipynb #c028
 def predict(
     learn,       # A learner, or a `Recommender`
     users,       # A user's id, or a DataFrame with the columns of users and items
