@@ -1,0 +1,873 @@
+"MicroBatch against plain PyTorch loops over whole batches, case by case; what is refused; what an interruption leaves behind"
+import math
+import warnings
+from copy import deepcopy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastai.callback.core import Callback, CancelBatchException, CancelFitException
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.hook import ActivationStats
+from fastai.callback.mixup import CutMix, MixUp
+from fastai.callback.rnn import ModelResetter, RNNCallback, RNNRegularizer
+from fastai.callback.schedule import combined_cos
+from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.vision.learner import create_head
+from fastai.learner import Learner
+from fastai.optimizer import SGD, Adam
+from fastcore.foundation import L
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from paddy_multi.kinds import CategoryTarget, MultiCategoryTarget, RegressionTarget
+from paddy_multi.loss import learn_weights
+from paddy_multi.microbatch import MicroBatch
+from paddy_multi.sliced import combined_loss
+from paddy_multi.targets import Targets
+
+pytestmark = pytest.mark.filterwarnings('ignore:.*CUDA is not available', 'ignore:Converting a tensor')
+D, C, LR = 12, 5, .1
+
+
+# --- data, models, learners -----------------------------------------------------------------------------------------
+def rng(seed=0): return torch.Generator().manual_seed(seed)
+
+
+def data(n, seed=0):
+    g = rng(seed)
+    x = torch.randn(n, D, generator=g, dtype=torch.float64)
+    return x, (x@torch.randn(D, C, generator=g, dtype=torch.float64) + torch.randn(n, C, generator=g)).argmax(1)
+
+
+def mlp(n_out=C):
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(D, 16), nn.LayerNorm(16), nn.Tanh(), nn.Linear(16, n_out)).double()
+
+
+def vec(model): return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def error(model, expected, start):
+    "Distance of two models, relative to how far training moved the expected one"
+    return float((vec(model)-vec(expected)).norm()/(vec(expected)-vec(start)).norm())
+
+
+class Float32Loss(Callback):
+    "fastai's recorder cannot take a float64 loss"
+    order = -50
+    def after_loss(self): self.learn.loss = self.learn.loss.float()
+
+
+def learner(*parts, bs=64, model=None, loss=F.cross_entropy, opt=SGD, cbs=(), drop_last=False, n_inp=1, lr=LR, **kwargs):
+    dls = DataLoaders(DataLoader(list(zip(*parts)), bs=bs, num_workers=0, drop_last=drop_last), [])
+    dls.n_inp = n_inp
+    return Learner(dls, model or mlp(), loss_func=loss, opt_func=opt, lr=lr, cbs=[Float32Loss()]+L(cbs), **kwargs)
+
+
+def quiet(learn, fit=lambda o: o.fit(1)):
+    with learn.no_bar(), learn.no_logging(): fit(learn)
+    return learn
+
+
+def loop(parts, model, bs=64, epochs=1, opt=None, loss=F.cross_entropy, before_step=lambda model, opt, i, n: None, drop_last=False):
+    "Plain PyTorch over whole batches"
+    opt = opt or torch.optim.SGD(model.parameters(), LR)
+    starts = [i for i in range(0, len(parts[0]), bs) if not drop_last or i+bs <= len(parts[0])]
+    for k, i in enumerate(starts*epochs):
+        x, *y = (o[i:i+bs] for o in parts)
+        value = loss(model(x), *y)
+        value.backward()
+        before_step(model, opt, k, len(starts)*epochs)
+        opt.step()
+        opt.zero_grad()
+    return model
+
+
+# --- the table of exactness: name, tolerance, what fastai trains with MicroBatch, what plain PyTorch trains ------------
+CASES = {}
+
+
+def case(name, tol=1e-12, chunks=(1, 7, 16, 64)):
+    def add(f):
+        CASES[name] = SimpleNamespace(make=f, tol=tol, chunks=chunks)
+        return f
+    return add
+
+
+def same(n=200, epochs=1, fits=1, y=None, cbs=(), loss=F.cross_entropy, by_hand=None, **kwargs):
+    "Both sides of a case that differs in what both take"
+    x, labels = data(n)
+    parts = x, labels if y is None else y(labels)
+    by_hand = by_hand or {}
+    def ours(bs):
+        def fit(learn):
+            for _ in range(fits): learn.fit(epochs)
+        return quiet(learner(*parts, cbs=[MicroBatch(bs), *cbs], loss=loss, **kwargs), fit).model
+    def plain(): return loop(parts, mlp(), epochs=epochs*fits, **{'loss': loss, **by_hand, 'opt': by_hand['opt']() if 'opt' in by_hand else None})
+    return ours, plain, mlp()
+
+
+@case('full batches')
+def _(): return same(192)
+
+
+@case('a remainder')
+def _(): return same(200)
+
+
+@case('a batch that is smaller than the chunk', chunks=(64, 100, 1000))
+def _(): return same(40)
+
+
+@case('a last batch of one item')
+def _(): return same(193)
+
+
+@case('drop_last')
+def _(): return same(200, drop_last=True, by_hand=dict(drop_last=True))
+
+
+@case('three epochs with a remainder')
+def _(): return same(200, epochs=3)
+
+
+@case('three fits with a remainder')
+def _(): return same(200, fits=3)
+
+
+def with_params(make):
+    "An optimizer of plain PyTorch for the model that `loop` trains"
+    def opt():
+        model = mlp()
+        opt.model = model
+        return make(model.parameters())
+    return opt
+
+
+def own_optimizer(n, make, epochs=1, before_step=lambda *args: None, loss=F.cross_entropy, cbs=(), fit=None, **kwargs):
+    "A case whose optimizer has to be made from the model"
+    x, y = data(n)
+    def ours(bs): return quiet(learner(x, y, cbs=[MicroBatch(bs), *cbs], loss=loss, **kwargs), fit or (lambda o: o.fit(epochs))).model
+    def plain():
+        model = mlp()
+        return loop((x, y), model, epochs=epochs, opt=make(model), before_step=before_step, loss=loss)
+    return ours, plain, mlp()
+
+
+@case('SGD with momentum')
+def _():
+    return own_optimizer(200, lambda m: torch.optim.SGD(m.parameters(), LR, momentum=.9), epochs=2, opt=lambda p, **kw: SGD(p, mom=.9, **kw))
+
+
+@case('weight decay')
+def _():
+    def decay(model, opt, k, n):
+        with torch.no_grad():
+            for name, p in model.named_parameters(): p.mul_(1-LR*.3)
+    return own_optimizer(200, lambda m: torch.optim.SGD(m.parameters(), LR), before_step=decay, wd=.3, wd_bn_bias=True)
+
+
+@case('Adam')
+def _():
+    return own_optimizer(200, lambda m: torch.optim.AdamW(m.parameters(), 1e-2, betas=(.9, .99), eps=1e-5, weight_decay=.01),
+                         epochs=2, opt=Adam, lr=1e-2, wd=.01, wd_bn_bias=True)
+
+
+@case('gradient clipping')
+def _():
+    def clip(model, opt, k, n): assert nn.utils.clip_grad_norm_(model.parameters(), .1) > .1  # it does clip
+    return own_optimizer(200, lambda m: torch.optim.SGD(m.parameters(), LR), before_step=clip, cbs=[GradientClip(.1)])
+
+
+@case('one-cycle')
+def _():
+    lr, mom = combined_cos(.25, 1e-2/25, 1e-2, 1e-2/1e5), combined_cos(.25, .95, .85, .95)
+    def schedule(model, opt, k, n): opt.param_groups[0].update(lr=lr(k/n), betas=(mom(k/n), .99))
+    return own_optimizer(200, lambda m: torch.optim.AdamW(m.parameters(), 1e-2, eps=1e-5, weight_decay=0), epochs=3, before_step=schedule,
+                         opt=Adam, fit=lambda o: o.fit_one_cycle(3, 1e-2, wd=0.))
+
+
+@case('a summed loss')
+def _(): return same(200, loss=nn.CrossEntropyLoss(reduction='sum'))
+
+
+def gaps(labels):
+    "Labels that become rarer and rarer within every batch of 64; the last 8 of a batch have none"
+    where = torch.arange(len(labels)) % 64
+    return labels.where(torch.rand(len(labels), generator=rng(3)) > where/56, -100)
+
+
+@case('missing labels')
+def _(): return same(200, y=gaps)
+
+
+@case('missing labels, summed')
+def _(): return same(200, y=gaps, loss=nn.CrossEntropyLoss(reduction='sum'))
+
+
+@case('class weights and missing labels')
+def _(): return same(200, y=gaps, loss=nn.CrossEntropyLoss(torch.tensor([1., 5, .1, 2, 9]).double()))
+
+
+@case('class weights and label smoothing')
+def _(): return same(200, loss=nn.CrossEntropyLoss(torch.tensor([1., 5, .1, 2, 9]).double(), label_smoothing=.2))
+
+
+@case('a mean over items and columns')
+def _():
+    x, y = data(200)
+    parts = x, F.one_hot(y, C).double()
+    return (lambda bs: quiet(learner(*parts, loss=nn.MSELoss(), cbs=MicroBatch(bs))).model), (lambda: loop(parts, mlp(), loss=F.mse_loss)), mlp()
+
+
+@case('a hand-written loss over items')
+def _():
+    def cube(preds, y): return ((preds.gather(1, y[:, None])-1).abs()**3).mean()
+    return same(200, loss=cube)
+
+
+@case('targets by slice, one with missing labels')
+def _():
+    x, y = data(200)
+    parts = x, gaps(y.clamp(max=2)), x[:, 0].clone()
+    loss = combined_loss(kind=(F.cross_entropy, 3), size=(F.mse_loss, 2-1, .5))
+    def plain(preds, kind, size): return F.cross_entropy(preds[:, :3], kind) + .5*F.mse_loss(preds[:, 3], size)
+    return (lambda bs: quiet(learner(*parts, model=mlp(4), loss=loss, cbs=MicroBatch(bs))).model), (lambda: loop(parts, mlp(4), loss=plain)), mlp(4)
+
+
+def table():
+    "Three kinds of targets of unequal widths, and rows with a third of the labels missing, one target in the first chunks only"
+    rows = [dict(kind='abcd'[i % 4], size=float(i % 7), tags=['r', 's'][:1+i % 2]) for i in range(200)]
+    t = Targets(kind=CategoryTarget(), size=RegressionTarget(weight=.5), tags=MultiCategoryTarget()).fit(rows)
+    hidden = torch.rand(200, 3, generator=rng(5)) < .33
+    hidden[:, 1] |= torch.arange(200) % 64 > 9
+    encoded = [t.encode({k: None if hidden[i, j] else v for j, (k, v) in enumerate(row.items())}) for i, row in enumerate(rows)]
+    return t, torch.stack(encoded).as_subclass(torch.Tensor).double()
+
+
+def three_targets(t, log_vars=None):
+    "The loss of `table` written out, with the weights of Kendall et al. (2018) for given log-variances"
+    def loss(preds, y):
+        total = 0.
+        for i, target in enumerate(t):
+            p, labels = preds[:, target.out], y[:, target.cols]
+            have = ~labels.isnan().any(1)
+            if not have.any(): continue
+            p, labels = p[have], labels[have]
+            one = F.cross_entropy(p, labels[:, 0].long()) if i == 0 else F.mse_loss(p, labels) if i == 1 else F.binary_cross_entropy_with_logits(p, labels)
+            if log_vars is not None: one = one*torch.exp(-log_vars()[i])*(.5 if i == 1 else 1)
+            total = total + target.weight*one
+        return total if log_vars is None else total + (torch.tensor([target.weight for target in t])*log_vars()/2).sum()
+    return loss
+
+
+@case('several targets with missing labels')
+def _():
+    t, y = table()
+    x = data(200)[0]
+    ours = lambda bs: quiet(learner(x, y, model=mlp(t.n_out), loss=t.loss(), cbs=MicroBatch(bs))).model
+    return ours, lambda: loop((x, y), mlp(t.n_out), loss=three_targets(t)), mlp(t.n_out)
+
+
+@case('several targets with learned weights')
+def _():
+    t, y = table()
+    x = data(200)[0]
+    def model(loss=None):
+        m = mlp(t.n_out)
+        learn_weights(m, loss or t.loss())
+        m.log_vars.data = m.log_vars.data.double()
+        return m
+    def ours(bs):
+        loss = t.loss()
+        return quiet(learner(x, y, model=model(loss), loss=loss, cbs=MicroBatch(bs))).model
+    def plain():
+        m = model()
+        return loop((x, y), m, loss=three_targets(t, lambda: m.log_vars))
+    return ours, plain, model()
+
+
+def double_mix(cls, alpha):
+    mix = cls(alpha)
+    mix.distrib = torch.distributions.Beta(*torch.full((2,), alpha, dtype=torch.float64))
+    return mix
+
+
+def mixing(loss, plain_items, y, n_out=C):
+    "MixUp by hand: `plain_items(preds, y)` gives the items' losses, so that their mean is the loss"
+    x = data(len(y))[0]
+    def ours(bs):
+        model = mlp(n_out)
+        torch.manual_seed(7)
+        return quiet(learner(x, y, model=model, loss=loss(), cbs=[double_mix(MixUp, .4), MicroBatch(bs)])).model
+    def plain():
+        model = mlp(n_out)
+        opt = torch.optim.SGD(model.parameters(), LR)
+        torch.manual_seed(7)
+        beta = torch.distributions.Beta(*torch.full((2,), .4, dtype=torch.float64))
+        loader_seed()
+        for i in range(0, len(y), 64):
+            xb, yb = x[i:i+64], y[i:i+64]
+            lam = beta.sample((len(xb),))
+            lam = torch.maximum(lam, 1-lam)
+            other = torch.randperm(len(xb))
+            preds = model(torch.lerp(xb[other], xb, lam[:, None]))
+            ((1-lam)*plain_items(preds, yb[other]) + lam*plain_items(preds, yb)).mean().backward()
+            opt.step()
+            opt.zero_grad()
+        return model
+    return ours, plain, mlp(n_out)
+
+
+def loader_seed():
+    "PyTorch's loader draws a seed for its workers at the start of an epoch, even without any"
+    torch.empty((), dtype=torch.int64).random_()
+
+
+def y_int(loss):
+    loss.y_int = True
+    return loss
+
+
+@case('MixUp')
+def _(): return mixing(lambda: y_int(nn.CrossEntropyLoss()), lambda p, y: F.cross_entropy(p, y, reduction='none'), data(200)[1])
+
+
+@case('MixUp with class weights and missing labels')
+def _():
+    w = torch.tensor([1., 5, .1, 2, 9]).double()
+    return mixing(lambda: y_int(nn.CrossEntropyLoss(w)), lambda p, y: F.cross_entropy(p, y, w, reduction='none'), gaps(data(200)[1]))
+
+
+@case('MixUp of several targets with missing labels')
+def _():
+    t, y = table()
+    def items(preds, y):
+        "Items' losses times n over the number of labels, so that their mean is the loss"
+        total = 0.
+        for i, target in enumerate(t):
+            have = ~y[:, target.cols].isnan().any(1)
+            if not have.any(): continue
+            p, labels = preds[:, target.out], y[:, target.cols].nan_to_num()
+            one = (F.cross_entropy(p, labels[:, 0].long(), reduction='none') if i == 0 else ((p-labels)**2).mean(1) if i == 1
+                   else F.binary_cross_entropy_with_logits(p, labels, reduction='none').mean(1))
+            total = total + target.weight*one*have*len(y)/have.sum()
+        return total
+    return mixing(t.loss, items, y, t.n_out)
+
+
+@case('CutMix')
+def _():
+    x, y = data(200)
+    pictures = x.repeat(1, 12).reshape(200, 1, 12, 12)
+    def net(): return nn.Sequential(nn.Flatten(), nn.Linear(144, 16, dtype=torch.float64), *mlp()[1:])
+    def model():
+        torch.manual_seed(4)
+        return net()
+    def ours(bs):
+        m = model()
+        torch.manual_seed(7)
+        torch.set_default_dtype(torch.float64)  # fastai's proportions are of the default type
+        try: return quiet(learner(pictures.clone(), y, model=m, loss=y_int(nn.CrossEntropyLoss()), cbs=[double_mix(CutMix, 1.), MicroBatch(bs)])).model
+        finally: torch.set_default_dtype(torch.float32)
+    def plain():
+        m = model()
+        opt = torch.optim.SGD(m.parameters(), LR)
+        torch.manual_seed(7)
+        beta = torch.distributions.Beta(*torch.ones(2, dtype=torch.float64))
+        loader_seed()
+        for i in range(0, 200, 64):
+            xb, yb = pictures[i:i+64].clone(), y[i:i+64]
+            side = (1-beta.sample((1,))).sqrt()
+            other = torch.randperm(len(xb))
+            cut = torch.round(12*side).long()
+            cx, cy = torch.randint(0, 12, (1,)), torch.randint(0, 12, (1,))
+            (x1, x2), (y1, y2) = [((c-cut//2).clamp(0, 12), (c+cut//2).clamp(0, 12)) for c in (cx, cy)]
+            patch = xb[other][..., y1:y2, x1:x2]
+            xb[..., y1:y2, x1:x2] = patch
+            lam = 1-((x2-x1)*(y2-y1)).double()/144
+            preds = m(xb)
+            ((1-lam)*F.cross_entropy(preds, yb[other], reduction='none') + lam*F.cross_entropy(preds, yb, reduction='none')).mean().backward()
+            opt.step()
+            opt.zero_grad()
+        return m
+    return ours, plain, model()
+
+
+@case('two inputs')
+def _():
+    x, y = data(200)
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = mlp(), nn.Linear(D, C, dtype=torch.float64)
+        def forward(self, x, z): return self.a(x) + self.b(z)
+    def model():
+        torch.manual_seed(2)
+        return Two()
+    def plain():
+        m = model()
+        return loop((torch.cat([x, x.flip(1)], 1), y), Wide(m)).m
+    class Wide(nn.Module):
+        def __init__(self, m):
+            super().__init__()
+            self.m = m
+        def forward(self, x): return self.m(x[:, :D], x[:, D:])
+    return (lambda bs: quiet(learner(x, x.flip(1), y, model=model(), n_inp=2, cbs=MicroBatch(bs))).model), plain, model()
+
+
+@case('what a callback adds to the loss')
+def _():
+    x, y = data(200)
+    class Ridge(Callback):
+        def after_loss(self): self.learn.loss_grad = self.learn.loss_grad + .01*sum((p**2).sum() for p in self.model.parameters())
+    def plain():
+        m = mlp()
+        return loop((x, y), m, loss=lambda p, t: F.cross_entropy(p, t) + .01*sum((o**2).sum() for o in m.parameters()))
+    return (lambda bs: quiet(learner(x, y, cbs=[Ridge(), MicroBatch(bs)])).model), plain, mlp()
+
+
+def headed(p=.5):
+    "A body with LayerNorm, under fastai's default head: pooling, two BatchNorms, dropout"
+    torch.manual_seed(1)
+    body = nn.Sequential(nn.Conv2d(1, 6, 3), nn.GroupNorm(1, 6), nn.GELU())
+    return nn.Sequential(body, create_head(6, C, ps=p)).double()
+
+
+def pictures(n=200):
+    x, y = data(n)
+    return x[:, :, None].expand(n, D, D).reshape(n, 1, D, D).contiguous(), y
+
+
+@case("whole head: fastai's default head, dropout included", chunks=(7, 16, 64))
+def _():
+    x, y = pictures()
+    def ours(bs):
+        m = headed()
+        torch.manual_seed(9)
+        return quiet(learner(x, y, model=m, cbs=MicroBatch(bs, whole_head=True))).model
+    def plain():
+        m = headed()
+        torch.manual_seed(9)
+        loader_seed()
+        return loop((x, y), m)
+    return ours, plain, headed()
+
+
+@case('whole head: a loss over the whole batch', chunks=(7, 16, 64))
+def _():
+    def loss(preds, y): return F.cross_entropy(preds, y) + (preds@preds.T).logsumexp(1).mean()
+    x, y = data(200)
+    return (lambda bs: quiet(learner(x, y, loss=loss, cbs=MicroBatch(bs, whole_head=True))).model), (lambda: loop((x, y), mlp(), loss=loss)), mlp()
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_equal_to_a_plain_loop(name):
+    one = CASES[name]
+    ours, plain, start = one.make()
+    expected = plain()
+    for bs in one.chunks: assert error(ours(bs), expected, start) <= one.tol, f'{name}, {bs} items at a time'
+
+
+def test_running_statistics_of_a_whole_head_are_those_of_whole_batches():
+    x, y = pictures()
+    ours, whole = (quiet(learner(x, y, model=headed(0.), cbs=cbs)).model for cbs in ([MicroBatch(16, whole_head=True)], []))
+    for (name, a), b in zip(ours.named_buffers(), whole.buffers()): assert torch.allclose(a.double(), b.double(), atol=1e-12), name
+
+
+def test_a_frozen_body_runs_once_under_a_whole_head():
+    x, y = pictures(64)
+    model = headed()
+    model[0].requires_grad_(False)
+    runs = []
+    model[0].register_forward_hook(lambda *args: runs.append(torch.is_grad_enabled()))
+    quiet(learner(x, y, model=model, cbs=MicroBatch(16, whole_head=True)))
+    assert runs == [False]*4
+
+
+def test_dropout_in_the_body_is_the_same_in_both_runs_of_a_whole_head():
+    x, y = data(64)
+    seen = []
+    class Body(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(D, 16, dtype=torch.float64)
+        def forward(self, x):
+            out = F.dropout(self.lin(x), .5)
+            seen.append(out.detach().clone())
+            return out
+    quiet(learner(x, y, model=nn.Sequential(Body(), nn.Linear(16, C, dtype=torch.float64)), cbs=MicroBatch(16, whole_head=True)))
+    assert len(seen) == 8 and all(torch.equal(a, b) for a, b in zip(seen[:4], seen[4:]))
+    assert not torch.equal(seen[0], seen[1])
+
+
+# --- what the rest of fastai sees ------------------------------------------------------------------------------------
+def test_updates_schedule_and_recorder_are_those_of_whole_batches():
+    x, y = data(200)
+    class Updates(Callback):
+        def before_fit(self): self.n, self.events = 0, []
+        def after_step(self): self.n += 1
+        def after_batch(self): self.events.append((self.iter, round(self.pct_train, 9)))
+    ours, whole = (quiet(learner(x, y, opt=Adam, cbs=[Updates(), *cbs]), lambda o: o.fit_one_cycle(2, 1e-2)) for cbs in ([MicroBatch(16)], []))
+    assert ours.updates.n == whole.updates.n == 8 and ours.updates.events == whole.updates.events
+    assert ours.recorder.lrs == whole.recorder.lrs and dict(ours.recorder.hps) == dict(whole.recorder.hps)
+    assert torch.allclose(torch.stack(ours.recorder.losses), torch.stack(whole.recorder.losses), atol=1e-6)
+
+
+def test_training_metrics_see_the_whole_batch():
+    x, y = data(200)
+    from fastai.metrics import accuracy
+    def run(cbs):
+        learn = learner(x, y, metrics=accuracy, cbs=cbs)
+        learn.recorder.train_metrics = True
+        return quiet(learn, lambda o: o.fit(2)).recorder.values[-1]
+    assert list(run([MicroBatch(7)])[:2]) == pytest.approx(list(run([])[:2]), abs=1e-6)
+
+
+def test_lr_find(tmp_path):
+    x, y = data(200)
+    ours, whole = (quiet(learner(x, y, cbs=cbs, path=tmp_path), lambda o: o.lr_find(num_it=30, show_plot=False)) for cbs in ([MicroBatch(16)], []))
+    assert ours.recorder.lrs == whole.recorder.lrs and len(ours.recorder.lrs) > 10
+    assert torch.allclose(torch.stack(ours.recorder.losses), torch.stack(whole.recorder.losses), rtol=1e-5)
+    assert torch.equal(vec(ours.model), vec(mlp()))
+
+
+def test_validation_and_predictions_are_left_alone():
+    x, y = data(100)
+    learn = learner(x, y, cbs=MicroBatch(7))
+    learn.dls = DataLoaders(learn.dls.train, DataLoader(list(zip(x, y)), bs=50, num_workers=0))
+    sizes = []
+    learn.model.register_forward_hook(lambda m, inp, out: sizes.append(len(out)))
+    with learn.no_bar(), learn.no_logging(): learn.validate(), learn.get_preds()
+    assert sizes == [50, 50, 50, 50]
+
+
+def test_batches_without_targets_are_left_alone():
+    x, _ = data(100)
+    learn = learner(x, cbs=MicroBatch(7))
+    sizes = []
+    learn.model.register_forward_hook(lambda m, inp, out: sizes.append(len(out)))
+    quiet(learn)
+    assert sizes == [64, 36] and torch.equal(vec(learn.model), vec(mlp()))
+
+
+# --- properties -------------------------------------------------------------------------------------------------------
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(1, 40), bs=st.integers(1, 45), batch=st.integers(1, 30), p=st.floats(0, .95), seed=st.integers(0, 999))
+def test_any_sizes_and_masks(n, bs, batch, p, seed):
+    x, y = data(n, seed)
+    y = y.where(torch.rand(n, generator=rng(seed)) >= p, -100)
+    y[::batch] = y[::batch].clamp(min=0)  # at least one label in every batch: the loss of none is not a number
+    ours = quiet(learner(x, y, bs=batch, cbs=MicroBatch(bs))).model
+    assert error(ours, loop((x, y), mlp(), bs=batch), mlp()) < 1e-12
+
+
+@settings(max_examples=25, deadline=None)
+@given(bs=st.integers(1, 70), p=st.floats(0, 1), seed=st.integers(0, 999))
+def test_any_masks_of_several_targets(bs, p, seed):
+    t, y = table()
+    y = y.clone()
+    for target in t: y[(torch.rand(200, generator=rng(seed+target.cols.start)) < p), target.cols] = math.nan
+    x = data(200)[0]
+    expected = loop((x, y), mlp(t.n_out), loss=lambda p, y: three_targets(t)(p, y) + 0*p.sum())
+    ours = quiet(learner(x, y, model=mlp(t.n_out), loss=t.loss(), cbs=MicroBatch(bs))).model
+    moved = float((vec(expected)-vec(mlp(t.n_out))).norm())
+    assert float((vec(ours)-vec(expected)).norm()) <= 1e-12*max(moved, 1e-3)
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('bs', [0, -1, 2.5, '16', None, True, [4]])
+def test_chunk_size(bs):
+    with pytest.raises(ValueError, match=r'the number of items that are run at a time, a positive int; found'): MicroBatch(bs)
+
+
+class GANTrainer(Callback): "By its name"
+class DistributedTrainer(Callback): "By its name"
+class ParallelTrainer(Callback): "By its name"
+class NonNativeMixedPrecision(Callback): "By its name"
+
+
+@pytest.mark.parametrize('cb, why', [
+    (GradientAccumulation(8), 'it splits the update too'), (ActivationStats(), 'it keeps what one forward pass'), (RNNCallback(), 'it keeps what one'),
+    (RNNRegularizer(), 'it keeps what one'), (ModelResetter(), 'carries its state'), (GANTrainer(), 'two models in turns'), (MicroBatch(4), 'it splits the update too'),
+    (NonNativeMixedPrecision(), 'use to_fp16'), (DistributedTrainer(), 'several processes are not supported yet'), (ParallelTrainer(), 'train on one device')],
+    ids=lambda o: type(o).__name__)
+def test_refused_by_name(cb, why):
+    with pytest.raises(ValueError, match=f'cannot be combined with {type(cb).__name__}: .*{why}.*Remove one of the two'):
+        quiet(learner(*data(64), cbs=[MicroBatch(8), cb]))
+
+
+def test_a_distributed_model_is_refused():
+    with pytest.raises(ValueError, match='a model in DataParallel: several processes are not supported yet, train on one device'):
+        quiet(learner(*data(64), model=nn.DataParallel(mlp()), cbs=MicroBatch(8)))
+
+
+def test_parts_of_unequal_length():
+    x, y = data(64)
+    learn = learner(x, y, cbs=MicroBatch(8))
+    learn.dls = DataLoaders([(x, y[:60])], [])
+    with pytest.raises(ValueError, match=r'all parts of a batch must have the same number of items, found \[64, 60\]'): quiet(learn)
+
+
+def test_a_part_that_is_no_tensor():
+    x, y = data(3)
+    learn = learner(x, y, cbs=MicroBatch(2))
+    learn.dls = DataLoaders([(x, ('a', 'b', 'c'), y)], [])
+    with pytest.raises(TypeError, match="found 'a' in the batch: collate it to a tensor"): quiet(learn)
+
+
+def test_a_loss_that_does_not_add_up_is_refused_before_any_update():
+    def contrast(preds, y): return (preds@preds.T).logsumexp(1).mean()
+    learn = learner(*data(64), loss=contrast, cbs=MicroBatch(16))
+    with pytest.raises(ValueError, match=r'contrast does not add up over chunks: .* from chunks of 16, .* from the whole batch of 64\. Give it .* or run the loss on whole batches'): quiet(learn)
+    assert torch.equal(vec(learn.model), vec(mlp())) and not any(p.grad is not None and p.grad.any() for p in learn.model.parameters())
+
+
+def test_a_mask_of_ones_own_is_refused_when_it_begins_to_bite():
+    x, y = data(128)
+    y[64:72] = -1
+    def masked(preds, y): return F.cross_entropy(preds, y, ignore_index=-1)
+    with pytest.raises(ValueError, match='masked does not add up over chunks'): quiet(learner(x, y, loss=masked, cbs=MicroBatch(16)))
+
+
+def test_whole_head_needs_parts_and_one_input():
+    x, y = data(64)
+    with pytest.raises(ValueError, match=r'whole_head needs a model nn.Sequential\(body, head\), as vision_learner makes it, found Linear'):
+        quiet(learner(x, y, model=nn.Linear(D, C, dtype=torch.float64), cbs=MicroBatch(8, whole_head=True)))
+    with pytest.raises(ValueError, match=r'whole_head needs a model with one input, found 2: make them one tensor, or use MicroBatch\(8\)'):
+        quiet(learner(x, x, y, n_inp=2, cbs=MicroBatch(8, whole_head=True)))
+
+
+# --- BatchNorm --------------------------------------------------------------------------------------------------------------
+def batchnorm_warnings(model, cb, cbs=(), fits=1):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        learn = learner(*data(128), model=model, cbs=[cb, *cbs])
+        for _ in range(fits): quiet(learn)
+    return [str(o.message) for o in seen if 'BatchNorm takes' in str(o.message)]
+
+
+def with_bn(n=2): return nn.Sequential(nn.Linear(D, 8), *[nn.BatchNorm1d(8) for _ in range(n)], nn.Linear(8, C)).double()
+
+
+def test_batchnorm_is_named():
+    found, = batchnorm_warnings(with_bn(6), MicroBatch(16))
+    assert 'from 16 items, not from the batch of 64' in found and 'Layers: 1, 2, 3, 4 and 2 more.' in found
+    for out in ('whole_head=True', 'head_norm', 'BnFreeze', 'GroupNorm'): assert out in found
+    assert len(batchnorm_warnings(with_bn(), MicroBatch(16), fits=2)) == 2  # once a fit, not once a batch
+
+
+def test_batchnorm_that_uses_no_batch_statistics_is_not():
+    class Still(Callback):
+        def before_train(self): self.model[1].eval()
+    assert not batchnorm_warnings(with_bn(1), MicroBatch(16), [Still()])
+    assert not batchnorm_warnings(with_bn(), MicroBatch(64)) and not batchnorm_warnings(mlp(), MicroBatch(16))
+
+
+def test_batchnorm_in_a_body_is_named_under_a_whole_head_too():
+    body_only, = batchnorm_warnings(nn.Sequential(with_bn(1)[:2], nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, C))).double(), MicroBatch(16, whole_head=True))
+    assert 'Layers: 0.1.' in body_only and 'whole_head=True)' not in body_only
+
+
+def test_batchnorm_in_a_body_counts_once_under_a_whole_head():
+    model = nn.Sequential(with_bn(1)[:2], nn.Linear(8, C)).double()
+    with pytest.warns(UserWarning, match='BatchNorm'): quiet(learner(*data(64), model=model, cbs=MicroBatch(16, whole_head=True)))
+    assert int(model[0][1].num_batches_tracked) == 4
+
+
+# --- interruptions ------------------------------------------------------------------------------------------------------------
+EVENTS = ['before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step', 'after_step', 'after_batch']
+
+
+class Raise(Callback):
+    "`error` at the third call of `event`"
+    def __init__(self, event, error):
+        self.count = 0
+        setattr(self, event, lambda: self.tick(error))
+    def tick(self, error):
+        self.count += 1
+        if self.count == 3: raise error
+
+
+@pytest.mark.parametrize('whole_head', [False, True])
+@pytest.mark.parametrize('error_', [KeyboardInterrupt(), RuntimeError('broken'), CancelFitException(), CancelBatchException()], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize('event', EVENTS)
+def test_an_interruption_leaves_nothing(event, error_, whole_head):
+    x, y = data(256)
+    mix = double_mix(MixUp, .4)
+    learn = learner(x, y, loss=y_int(nn.CrossEntropyLoss()), cbs=mix)
+    own = {k for k, v in vars(learn).items() if callable(v)}
+    try: quiet(learn, lambda o: o.fit(1, cbs=[MicroBatch(16, whole_head), Raise(event, error_)]))
+    except (KeyboardInterrupt, RuntimeError): assert type(error_) in (KeyboardInterrupt, RuntimeError)
+    except CancelBatchException: assert event == 'after_batch'  # where fastai does not catch it
+    assert not [cb for cb in learn.cbs if isinstance(cb, (MicroBatch, Raise))]
+    assert {k for k, v in vars(learn).items() if callable(v)} == own  # no method of the learner is replaced
+    if learn.xb[0] is not None: assert len(learn.xb[0]) == len(learn.yb[0]) == len(mix.yb1[0]) == len(mix.lam) == 64
+    in_step = event in ('before_step', 'after_step')  # fastai itself keeps the gradients of a batch whose step failed
+    if not in_step: assert all(p.grad is None or not p.grad.any() for p in learn.model.parameters())
+    learn.opt.zero_grad()
+    learn.remove_cb(mix)
+    learn.loss_func = F.cross_entropy
+    learn.model.load_state_dict(mlp().state_dict())
+    learn.create_opt()
+    assert error(quiet(learn).model, loop((x, y), mlp()), mlp()) < 1e-12
+
+
+def test_an_error_of_the_model_stays_its_own():
+    class Own(Exception): pass
+    class Broken(nn.Sequential):
+        def forward(self, x): raise Own
+    with pytest.raises(Own) as e: quiet(learner(*data(64), model=Broken(*mlp()), cbs=MicroBatch(16)))
+    assert e.value.args == ()
+
+
+# --- out of memory --------------------------------------------------------------------------------------------------------------
+class Card(nn.Sequential):
+    "A card that holds `room` items, and uses random numbers and a buffer before it finds out"
+    room = 10
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.register_buffer('calls', torch.zeros(()))
+    def forward(self, x):
+        self.calls += 1
+        x = F.dropout(x, .3)
+        if len(x) > self.room: raise self.error('simulated')
+        return super().forward(x)
+    error = torch.OutOfMemoryError
+
+
+def card(room=10, error=torch.OutOfMemoryError):
+    m = Card(*mlp())
+    m.room, m.error = room, error
+    return m
+
+
+@pytest.mark.parametrize('begin, room, settled', [(64, 10, 8), (64, 63, 32), (48, 11, 6), (1000, 10, 8), (64, 1, 1), (7, 6, 4)])
+def test_a_run_that_halves_equals_one_that_began_there(begin, room, settled):
+    x, y = data(200)
+    def run(bs, auto):
+        model, cb = card(room), MicroBatch(bs, auto=auto)
+        torch.manual_seed(3)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter('always')
+            quiet(learner(x, y, model=model, cbs=cb), lambda o: o.fit(2))
+        return model, cb.bs, [str(o.message) for o in seen if 'ran out' in str(o.message)]
+    (ours, bs, said), (there, *_) = run(begin, True), run(settled, False)
+    assert bs == settled and said == [f'MicroBatch ran out of memory with {begin} items at a time and goes on with {settled}']
+    assert torch.equal(vec(ours), vec(there)) and ours.calls == there.calls
+
+
+def test_memory_errors_of_a_cpu_count_too():
+    def cpu_error(_): return RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+    cb = MicroBatch(64, auto=True)
+    with pytest.warns(UserWarning, match='goes on with 8'): quiet(learner(*data(64), model=card(error=cpu_error), cbs=cb))
+    assert cb.bs == 8
+
+
+def test_when_even_one_item_does_not_fit_the_error_comes_through():
+    with pytest.raises(torch.OutOfMemoryError): quiet(learner(*data(64), model=card(0), cbs=MicroBatch(64, auto=True)))
+    with pytest.raises(torch.OutOfMemoryError): quiet(learner(*data(64), model=card(), cbs=MicroBatch(64)))
+    with pytest.raises(RuntimeError, match='another'): quiet(learner(*data(64), model=card(error=lambda _: RuntimeError('another')), cbs=MicroBatch(64, auto=True)))
+
+
+# --- mixed precision --------------------------------------------------------------------------------------------------------------
+class BF16(MixedPrecision):
+    "fastai's mixed precision, on a CPU, with a count of how often autocast is on"
+    def before_fit(self):
+        super().before_fit()
+        self.autocast, self.depth, self.entered = torch.autocast('cpu', torch.bfloat16), 0, 0
+    def before_batch(self):
+        super().before_batch()
+        self.depth += 1
+        self.entered += 1
+    def after_loss(self):
+        super().after_loss()
+        self.depth -= 1
+
+
+def bf16_run(cbs, order=None, model=mlp):
+    x, y = data(192)
+    if order is not None: x, y = x[order], y[order]
+    m = model().float()
+    learn = quiet(learner(x.float(), y, model=m, cbs=[BF16(amp_mode='bf16'), *cbs]))
+    assert next(o for o in learn.cbs if isinstance(o, BF16)).depth == 0
+    return m
+
+
+@pytest.mark.parametrize('cb', [MicroBatch(16), MicroBatch(16, whole_head=True)], ids=['chunks', 'whole head'])
+def test_bfloat16_is_as_close_as_two_runs_of_whole_batches(cb):
+    "Both runs of whole batches hold the same items, in another order: they round differently"
+    orders = [torch.cat([i*64+torch.randperm(64, generator=rng(s)) for i in range(3)]) for s in range(6)]
+    whole, start = bf16_run([]), mlp().float()
+    noise = [error(bf16_run([], order), whole, start) for order in orders]
+    assert min(noise) > 0  # in bfloat16
+    assert error(bf16_run([cb]), whole, start) <= 2*max(noise)
+
+
+def test_autocast_is_on_in_every_chunk_and_left_after_an_error():
+    learn = learner(*[o.float() if o.is_floating_point() else o for o in data(64)], model=mlp().float(), cbs=[BF16(amp_mode='bf16'), MicroBatch(16)])
+    on = []
+    learn.model.register_forward_hook(lambda *args: on.append(torch.is_autocast_enabled('cpu')))
+    quiet(learn)
+    assert on == [True]*4 and not torch.is_autocast_enabled('cpu')
+    with pytest.raises(KeyboardInterrupt): quiet(learn, lambda o: o.fit(1, cbs=Raise('after_pred', KeyboardInterrupt())))
+    assert not torch.is_autocast_enabled('cpu')
+
+
+class Scaled(BF16):
+    "Mixed precision with a loss scaler that works on a CPU"
+    def before_fit(self):
+        super().before_fit()
+        self.learn.scaler = torch.amp.GradScaler('cpu', init_scale=2.**10, growth_interval=2)
+
+
+def test_loss_scaler_skips_like_a_whole_batch():
+    x, y = data(256)
+    x = x.float()
+    x[70] = math.inf  # in the second chunk of the second batch
+    runs = []
+    for cbs in ([], [MicroBatch(4)], [MicroBatch(64, whole_head=True)]):
+        learn = quiet(learner(x, y, model=mlp().float(), cbs=[Scaled(amp_mode='bf16'), *cbs]), lambda o: None)
+        cb = next(o for o in learn.cbs if isinstance(o, Scaled))
+        scales = []
+        class Keep(Callback):
+            def after_batch(self): scales.append(self.learn.scaler.get_scale())
+        quiet(learn, lambda o: o.fit(1, cbs=Keep()))
+        runs.append((scales, vec(learn.model)))
+    assert runs[0][0] == runs[1][0] == runs[2][0] == [1024., 512., 512., 1024.]
+    for _, weights in runs: assert weights.isfinite().all() and torch.allclose(weights, runs[0][1], atol=2e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('cb', [MicroBatch(16), MicroBatch(16, whole_head=True)], ids=['chunks', 'whole head'])
+def test_cuda_fp16_is_as_close_as_two_runs_of_whole_batches(cb):
+    x, y = data(640)
+    def run(cbs, order=slice(None)):
+        learn = learner(x.float()[order], y[order], model=mlp().float().cuda(), cbs=[MixedPrecision(), *cbs])
+        learn.dls.device = torch.device('cuda')
+        return quiet(learn).model
+    orders = [torch.cat([i*64+torch.randperm(64, generator=rng(s)) for i in range(10)]) for s in range(4)]
+    whole, start = run([]), mlp().float().cuda()
+    assert error(run([cb]), whole, start) <= 2*max(error(run([], o), whole, start) for o in orders)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_a_full_gpu_is_met_by_halving():
+    class Hungry(nn.Sequential):
+        def forward(self, x): return super().forward(x) + 0*torch.empty(len(x)*torch.cuda.mem_get_info()[1]//40, dtype=torch.uint8, device='cuda').sum()
+    x, y = data(64)
+    learn = learner(x.float(), y, model=Hungry(*mlp().float()).cuda(), cbs=(cb := MicroBatch(64, auto=True)))
+    learn.dls.device = torch.device('cuda')
+    with pytest.warns(UserWarning, match='ran out of memory'): quiet(learn)
+    assert 1 < cb.bs < 64
+
+
+def test_the_callback_copies_and_pickles():
+    import pickle
+    cb = pickle.loads(pickle.dumps(deepcopy(MicroBatch(16, whole_head=True, auto=True))))
+    assert (cb.bs, cb.whole_head, cb.auto) == (16, True, True)
