@@ -14,3 +14,4 @@ from .paddy import *
 from .weights import *
 from .splitters import *
 from .predict import *
+from .interpret import *

@@ -18,7 +18,7 @@ from fastai.learner import Learner
 from torch import Tensor
 
 from .kinds import _some
-from .sliced import _plain
+from .sliced import _plain, _replacing
 
 # %% ../nbs/paddy_multi/14_predict.ipynb #c007
 class _NothingReadable(Exception): "No item can be read"
@@ -64,7 +64,7 @@ def _activations(
     dl = learn.dls.test_dl(items, cls=_ReadableDL, shuffle=False, drop_last=False, **kwargs)
     dl.failed = torch.zeros(len(items), dtype=torch.bool).share_memory_()
     try:
-        with learn.no_logging(): acts = learn.tta(dl=dl, n=tta)[0] if tta else learn.get_preds(dl=dl)[0]
+        with learn.no_logging(), _replacing(learn, 'loss_func', _table(learn).loss()): acts = learn.tta(dl=dl, n=tta)[0] if tta else learn.get_preds(dl=dl)[0]
     except _NothingReadable: acts = torch.zeros(len(items), _table(learn).n_out)
     return _plain(acts).float(), [dl.error(i) for i in range(len(items))]
 
