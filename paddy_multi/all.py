@@ -7,6 +7,7 @@ from .loss import *
 from .metrics import *
 from .learner import *
 from .dataloaders import *
+from .training import *
 from .show import *
 from .chunks import *
 from .microbatch import *
