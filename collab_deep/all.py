@@ -10,5 +10,6 @@ from .learner import *
 from .loaders import *
 from .models import *
 from .recommend import *
+from .report import *
 from .save import *
 from .splits import *
