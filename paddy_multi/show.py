@@ -8,6 +8,7 @@ __all__ = []
 # %% ../nbs/paddy_multi/13_show.ipynb #c003
 import math
 
+import fastai.vision.learner  # has a `show_results` for any target, which must be registered before ours
 from fastai.data.core import show_batch, show_results
 from fastai.imports import dispatch
 from fastai.interpret import plot_top_losses
