@@ -32,8 +32,11 @@ help:  ## list the targets
 setup: .venv/.env .venv/.movielens .venv/.weights  ## the environment, the real data and the weights
 
 # --- what people run --------------------------------------------------------------------------------------------------
-demo: setup  ## train two targets on real digits and show what comes out
+demo: setup  ## train two targets on real digits, and a recommender on real ratings, and show what comes out
 	paddy-multi train --data digits --out build/demo --overwrite
+	collab-deep movielens --out build/demo/ratings.csv --overwrite
+	collab-deep train --ratings build/demo/ratings.csv --relevant 4 --out build/demo/recommender --overwrite
+	collab-deep recommend --model build/demo/recommender --user 196
 
 test: setup  ## nbdev_test and pytest
 	nbdev_test --n-workers 2 --timing
