@@ -3,6 +3,7 @@ from .data import *
 from .embedding import *
 from .evaluate import *
 from .explain import *
+from .ensemble import *
 from .factor_model import *
 from .fold_in import *
 from .implicit import *

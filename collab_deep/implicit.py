@@ -72,18 +72,21 @@ class BPRCallback(Callback):
 
 # %% ../nbs/collab_deep/05_implicit.ipynb #c013
 class SoftmaxCallback(Callback):
-    "Score all items for the users of a batch; the item taken is the class to be found, the unknown item at 0 is none"
+    "Turn the score of each pair into the log of its share among all items; the unknown item at 0 has none"
     order = 5
     def after_pred(self):
         if hasattr(self, 'gather_preds') or not len(self.yb): return
         x = self.xb[0]
-        self.learn.pred, self.learn.yb = self.model.scores(x[:,0])[:,1:], (x[:,1]-1,)
+        users, which = x[:,0].unique(return_inverse=True)
+        total = self.model.scores(users)[:,1:].logsumexp(1)
+        self.learn.pred, self.learn.yb = self.pred - total[which], ((x[:,1] > 0).float(),)
 
 
 def softmax_loss(
-    pred:Tensor,           # Scores of all items but the unknown one, [bs, n_items-1]
-    targ:Tensor,           # The item taken, counted from 0; -1 for an unknown one, which is left out
-    reduction:str='mean',  # As in PyTorch
+    pred:Tensor,           # Log of the share of the item taken, [bs]
+    known:Tensor,          # 1 for items that training has, 0 for others, which are left out
+    reduction:str='mean',  # 'mean', 'sum' or 'none'
 )->Tensor:
-    "Minus the log of the softmax at the item taken"
-    return F.cross_entropy(pred, targ, reduction=reduction, ignore_index=-1)
+    "Minus the mean log of the softmax at the items taken"
+    if reduction == 'none': return -pred*known
+    return -(pred*known).sum()/(known.sum() if reduction == 'mean' else 1)
