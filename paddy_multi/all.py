@@ -16,3 +16,4 @@ from .weights import *
 from .splitters import *
 from .predict import *
 from .interpret import *
+from .memory import *
