@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 from fastcore.foundation import L
 
+from .kinds import is_missing
+
 # %% ../nbs/paddy_multi/08_splitters.ipynb #c007
 def _values(items, label)->list:
     "`label` of each of `items`: a column, or a function of an item"
@@ -32,7 +34,7 @@ def _check_share(valid_pct):
     if not 0 < valid_pct < 1: raise ValueError(f'valid_pct is the share of validation, between 0 and 1; found {valid_pct!r}')
 
 # %% ../nbs/paddy_multi/08_splitters.ipynb #c010
-def _missing(v): return v is None or isinstance(v, str) and v == '' or pd.api.types.is_scalar(v) and pd.isna(v)
+def _missing(v): return v is pd.NA or is_missing(v)
 def _number(v): return isinstance(v, Real) and not isinstance(v, (bool, np.bool_))
 
 def _tags(values:list, bins:int)->list:
