@@ -76,6 +76,7 @@ def evaluate_ranking(
 )->pd.DataFrame: # `precision`, `recall`, `ndcg`, `map`, `coverage`: `value`, `std_error` over users, and the value for `popularity`
     "How good lists of `k` are, and whether they are better than the most rated items; what a user has in training is left out"
     rec, k = as_recommender(learn), list_length(k)
+    if threshold is not None and rec.rating is None: raise ValueError('interactions without ratings have no threshold: leave it out, and all are relevant')
     relevant, n_relevant = _relevant(rec, *_held_out(learn, ratings, rated=threshold is not None), threshold)
     users = n_relevant.nonzero()[:, 0]
     if not len(users): raise ValueError('no user who is known from training has a relevant item held out, so there is no list to measure')
@@ -88,7 +89,6 @@ def evaluate_ranking(
 
 def _relevant(rec, pairs, y, threshold):
     "Relevant items of each user as (starts, columns), and how many there are with those that training did not have"
-    if threshold is not None and rec.rating is None: raise ValueError('interactions without ratings have no threshold: leave it out, and all are relevant')
     if threshold is not None: pairs = pairs[y >= threshold]
     pairs, n_users, n_items = pairs[pairs[:, 0] > 0], len(rec.users), len(rec.items)
     new, known = (pairs[pairs[:, 1] == 0], pairs[pairs[:, 1] > 0])

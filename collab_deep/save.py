@@ -34,7 +34,7 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder/_weights_name(checksum), numbers)
     replace_file(folder/_FILE, text.encode())
-    for old in folder.glob(_weights_name('*')):
+    for old in folder.glob(_weights_name('*') + '*'):  # what a kill left unfinished, too
         if old.name != _weights_name(checksum): old.unlink()
     return folder
 
@@ -52,8 +52,8 @@ def _tensors(rec):
 def _description(rec):
     "All of `rec` that is not numbers in bulk"
     for name, ids in rec.classes.items():
-        if odd := next((o for o in ids if type(o) not in (int, str, float, bool)), None):
-            raise TypeError(f'{name} holds the id {odd!r}, a {type(odd).__name__}: JSON keeps numbers and text, so convert the column before training')
+        if odd := [o for o in ids if type(o) not in (int, str, float, bool)]:
+            raise TypeError(f'{name} holds the id {odd[0]!r}, a {type(odd[0]).__name__}: JSON keeps numbers and text, so convert the column before training')
     model = dict(name=type(rec.model).__name__, settings=rec.model.settings)
     return dict(format=_FORMAT, version=_VERSION, written_by=__version__, model=model, classes=rec.classes, rating=rec.rating, mean=rec.mean)
 

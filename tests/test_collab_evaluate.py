@@ -1,0 +1,104 @@
+"Measures of ratings and lists against plain code, on catalogues drawn at random"
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from sklearn.metrics import ndcg_score
+
+from collab_deep.evaluate import evaluate_ranking, evaluate_ratings, ranking_metrics
+from collab_deep.recommend import Recommender, predict
+from small_recommender import recommender
+
+K = st.integers(1, 12)
+
+
+def by_loop(rec, held, k, scores, threshold):
+    "Mean measures and the share of items listed, from ids alone; `held` has rows (user, item, rating)"
+    seen = {u: {rec.items[i] for i in rec.seen[1][rec.seen[0][n]:rec.seen[0][n + 1]]} for n, u in enumerate(rec.users)}
+    rows, listed = [], set()
+    for n, u in enumerate(rec.users[1:], 1):
+        wanted = {i for v, i, r in held if v == u and (threshold is None or r >= threshold)} - seen[u]
+        if not wanted: continue
+        ranked = [i for i in sorted(rec.items[1:], key=lambda i: (-scores[n][rec.items.index(i)], rec.items.index(i))) if i not in seen[u]][:k]
+        listed |= set(ranked)
+        hits = [p for p, i in enumerate(ranked, 1) if i in wanted]
+        best = min(k, len(wanted))
+        rows.append([len(hits)/k, len(hits)/len(wanted), sum(1/np.log2(p + 1) for p in hits)/sum(1/np.log2(p + 1) for p in range(1, best + 1)),
+                     sum((j + 1)/p for j, p in enumerate(hits))/best])
+    return len(rows), [*np.mean(rows, 0), len(listed)/(len(rec.items) - 1)] if rows else None
+
+
+ratings = st.tuples(st.integers(1, 6), st.integers(2, 10)).flatmap(lambda n: st.tuples(
+    st.just(n), st.sets(st.tuples(st.integers(1, n[0]), st.integers(1, n[1]))),
+    st.dictionaries(st.tuples(st.integers(1, n[0] + 1), st.integers(1, n[1] + 2)), st.integers(1, 5), min_size=1), st.integers(0, 99)))
+
+
+@settings(max_examples=80, deadline=None)
+@given(ratings, K, st.sampled_from([None, 3, 5]))
+def test_lists_measure_as_a_plain_loop_does(drawn, k, threshold):
+    (n_users, n_items), train, held, seed = drawn  # held has a user and two items that training did not have
+    rec = recommender(train, [f'u{i}' for i in range(1, n_users + 1)], [f't{i}' for i in range(1, n_items + 1)], seed=seed)
+    rows = [(f'u{u}', f't{i}', r) for (u, i), r in held.items()]
+    frame = pd.DataFrame(rows, columns=['user', 'title', 'rating'])
+    with torch.no_grad(): scores = np.vstack([np.zeros(n_items + 1), rec.model.scores(torch.arange(1, n_users + 1)).numpy()])
+    users, expected = by_loop(rec, rows, k, scores, threshold)
+    if not users:
+        with pytest.raises(ValueError, match='no user who is known from training has a relevant item held out'): evaluate_ranking(rec, k, threshold, frame)
+        return
+    found = evaluate_ranking(rec, k, threshold, frame)
+    assert found.attrs['users'] == users and found.value.tolist() == pytest.approx(expected)
+    popularity = np.tile(rec.item_counts.numpy(), (n_users + 1, 1))
+    assert found.popularity.tolist() == pytest.approx(by_loop(rec, rows, k, popularity, threshold)[1])
+    shuffled = frame.sample(frac=1, random_state=seed)
+    pd.testing.assert_frame_equal(evaluate_ranking(rec, k, threshold, pd.concat([shuffled, shuffled[shuffled.title.isin(rec.items)]])), found)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 5), st.integers(2, 15), K, st.integers(0, 99))
+def test_ndcg_is_that_of_scikit_learn(n, m, k, seed):
+    rng = np.random.default_rng(seed)
+    wanted, scores = rng.random((n, m)) < .4, rng.random((n, m))
+    wanted[:, 0] = True
+    order = np.argsort(-scores, 1)[:, :k]
+    hits = np.pad(np.take_along_axis(wanted, order, 1), ((0, 0), (0, k - order.shape[1])))
+    ours = ranking_metrics(torch.from_numpy(hits), torch.from_numpy(wanted.sum(1)))['ndcg'].mean().item()
+    assert ours == pytest.approx(ndcg_score(wanted, scores, k=k, ignore_ties=True))
+
+
+def test_a_perfect_and_a_useless_list():
+    n = torch.tensor([2, 9])
+    best = ranking_metrics(torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]).bool(), n)
+    assert best['ndcg'].tolist() == best['map'].tolist() == [1, 1] and best['recall'].tolist() == [1, 4/9] and best['precision'].tolist() == [.5, 1]
+    assert all(o.tolist() == [0, 0] for o in ranking_metrics(torch.zeros(2, 4).bool(), n).values())
+
+
+@settings(max_examples=40, deadline=None)
+@given(ratings)
+def test_ratings_measure_as_the_formula_does(drawn):
+    (n_users, n_items), train, held, seed = drawn
+    rec = recommender(train, range(1, n_users + 1), range(1, n_items + 1), seed=seed)
+    frame = pd.DataFrame([(u, i, float(r)) for (u, i), r in held.items()], columns=['user', 'title', 'rating'])
+    e = predict(rec, frame).to_numpy().astype(float) - frame.rating.to_numpy()
+    found = evaluate_ratings(rec, frame)
+    assert found.value.tolist() == pytest.approx([np.mean(e**2), np.mean(e**2)**.5, np.mean(abs(e))])
+    assert found.training_mean.mae == pytest.approx(np.mean(abs(frame.rating - 3)))
+    if len(e) > 1: assert found.std_error.tolist() == pytest.approx([np.std(e**2, ddof=1)/len(e)**.5, np.std(e**2, ddof=1)/len(e)**.5/2/np.mean(e**2)**.5, np.std(abs(e), ddof=1)/len(e)**.5])
+
+
+def test_interactions_have_no_ratings():
+    rec = recommender([(1, 1)], ['a', 'b'], ['x', 'y'])
+    rec = Recommender(rec.model, rec.classes, None, rec.seen, rec.item_counts, rec.user_counts, 1.)
+    held = pd.DataFrame(dict(user=['a', 'b'], title=['y', 'x']))
+    with pytest.raises(ValueError, match='trained on interactions without ratings, so it predicts none: see evaluate_ranking'): evaluate_ratings(rec, held)
+    with pytest.raises(ValueError, match='interactions without ratings have no threshold'): evaluate_ranking(rec, 1, 4, held.assign(rating=5))
+    assert evaluate_ranking(rec, 2, ratings=held).value.recall == 1
+
+
+def test_columns_that_are_missing():
+    rec = recommender([(1, 1)], ['a', 'b'], ['x', 'y'])
+    for f in (evaluate_ranking, evaluate_ratings):
+        with pytest.raises(ValueError, match=re.escape("expected columns ['user', 'title'")): f(rec, ratings=pd.DataFrame(dict(film=['x'])))
+        with pytest.raises(TypeError, match='a Recommender holds no ratings to evaluate it on'): f(rec)

@@ -1,0 +1,159 @@
+"Lists from a model: properties over many small catalogues, without training"
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from collab_deep.explain import explain, item_bias, nearest_seen, plot_factors, similar_items, similar_users
+from collab_deep.models import DotProduct, DotProductBias
+from collab_deep.recommend import predict, recommend, scoring, top_k
+from small_recommender import MODELS, recommender
+
+catalogues = st.tuples(st.integers(1, 8), st.integers(1, 12)).flatmap(
+    lambda n: st.tuples(st.just(n), st.sets(st.tuples(st.integers(1, n[0]), st.integers(1, n[1]))), st.sampled_from(MODELS), st.integers(0, 99)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(catalogues, st.integers(1, 20))
+def test_never_what_was_seen_and_all_the_rest(catalogue, k):
+    (n_users, n_items), pairs, make, seed = catalogue
+    rec = recommender(pairs, range(100, 100 + n_users), [f't{i}' for i in range(1, n_items + 1)], make, seed)
+    lists = recommend(rec, range(100, 100 + n_users), k)
+    with scoring(rec.model): scores = rec.model.scores(torch.arange(1, n_users + 1))  # as many as there, since rounding depends on it
+    for u in range(1, n_users + 1):
+        unseen = [i for i in range(1, n_items + 1) if (u, i) not in pairs]
+        by_hand = sorted(unseen, key=lambda i: (-scores[u - 1, i].item(), i))[:k]
+        mine = lists[lists.user == 99 + u]
+        assert mine['item'].tolist() == [f't{i}' for i in by_hand]
+        assert mine.score.tolist() == [scores[u - 1, i].item() for i in by_hand]
+    assert len(recommend(rec, 100, k, exclude_seen=False)) == min(k, n_items)
+
+
+@settings(max_examples=30, deadline=None)
+@given(catalogues, st.randoms(use_true_random=False))
+def test_new_names_change_nothing_but_names(catalogue, random):
+    (n_users, n_items), pairs, make, seed = catalogue
+    names = [f'n{i}' for i in range(n_items)]
+    random.shuffle(names)
+    one = recommender(pairs, range(n_users), range(n_items), make, seed)
+    other = recommender(pairs, [str(u) for u in range(n_users)], names, make, seed)
+    a, b = recommend(one, list(range(n_users)), 5), recommend(other, [str(u) for u in range(n_users)], 5)
+    assert [names[o] for o in a['item']] == b['item'].tolist() and a.score.tolist() == b.score.tolist() and a.user.astype(str).tolist() == b.user.tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 15), st.integers(1, 20), st.integers(0, 999))
+def test_top_k_is_a_stable_sort(n, m, k, seed):
+    rng = np.random.default_rng(seed)
+    scores = rng.choice([-np.inf, 0., 1., 2., np.inf], (n, m)).astype('float32')
+    values, cols = top_k(torch.from_numpy(scores.copy()), k)
+    expected = np.argsort(-scores, axis=1, kind='stable')[:, :k]
+    assert cols.tolist() == expected.tolist() and values.tolist() == np.take_along_axis(scores, expected, 1).tolist()
+
+
+PAIRS = [(1, 1), (1, 2), (1, 3), (2, 2)]  # the first user has rated everything
+
+
+def test_who_saw_everything_has_an_empty_list():
+    rec = recommender(PAIRS, ['a', 'b'], ['x', 'y', 'z'])
+    assert recommend(rec, 'a').shape == (0, 2) and list(recommend(rec, 'a')) == ['item', 'score']
+    both = recommend(rec, ['a', 'b', 'a'])
+    assert both.user.tolist() == ['b', 'b'] and set(both['item']) == {'x', 'z'}
+    assert len(recommend(rec, [])) == 0
+    assert len(recommend(rec, pd.Series(['b']))) == len(recommend(rec, np.array(['b']))) == 2
+
+
+def test_blocks_of_one_user_give_the_same(monkeypatch):
+    rec = recommender([(u, 1 + u % 7) for u in range(1, 30)], range(29), range(9))
+    whole = recommend(rec, range(29), 4)
+    monkeypatch.setattr('collab_deep.recommend._BLOCK', 5)
+    pd.testing.assert_frame_equal(recommend(rec, range(29), 4), whole, check_exact=False, rtol=1e-5)
+
+
+def test_a_model_is_left_as_it_was():
+    for make in MODELS:
+        rec = recommender(PAIRS, ['a', 'b'], ['x', 'y', 'z'], make)
+        rec.model.train()
+        before = {k: v.clone() for k, v in rec.model.state_dict().items()}
+        recommend(rec, 'b'), predict(rec, 'a', 'x')
+        assert rec.model.training and all(torch.equal(v, before[k]) for k, v in rec.model.state_dict().items())
+        assert not {'user_table', 'item_table'} & set(vars(rec.model)), 'tables of a FactorModel are still those of before'
+
+
+def test_an_error_leaves_a_model_as_it_was():
+    rec = recommender(PAIRS, ['a', 'b'], ['x', 'y', 'z'], MODELS[3])
+    rec.model.train()
+    with torch.no_grad(): rec.model.items.weight[1] = torch.nan
+    with pytest.raises(ValueError, match='a score is NaN'): recommend(rec, 'b')
+    assert rec.model.training and not {'user_table', 'item_table'} & set(vars(rec.model))
+
+
+@pytest.mark.parametrize('user, near', [('196', "; the nearest are 196"), (1960, '; the nearest are 196'), ('zebra', '.'), (None, '.')])
+def test_an_unknown_user_and_the_nearest(user, near):
+    rec = recommender([(1, 1)], [196, 22], ['x', 'y'])
+    message = f'user {user!r} is not among the 2 in training{near}'
+    with pytest.raises(KeyError, match=re.escape(message)): recommend(rec, user)
+    with pytest.raises(KeyError, match=re.escape(message)): recommend(rec, [22, user])
+    with pytest.raises(KeyError): similar_users(rec, user)
+
+
+def test_the_place_of_unknown_ids_is_nobody():
+    rec = recommender(PAIRS, ['a', 'b'], ['x', 'y', 'z'])
+    with pytest.raises(KeyError): recommend(rec, '#na#')
+    with torch.no_grad(): rec.model.items_bias.weight[0] = 99
+    assert '#na#' not in set(recommend(rec, 'b', 9, exclude_seen=False)['item']) | set(similar_items(rec, 'x')['item']) | set(item_bias(rec)['item'])
+    assert predict(rec, 'nobody', 'x') == pytest.approx(rec.model(torch.tensor([[0, 1]])).item())
+
+
+@pytest.mark.parametrize('k', [0, -1, 2.5, '10', True, None])
+def test_a_length_that_is_none(k):
+    rec = recommender(PAIRS, ['a', 'b'], ['x', 'y', 'z'])
+    for f in (recommend, similar_users, nearest_seen):
+        args = ('b', 'x') if f is nearest_seen else ('b',)
+        with pytest.raises(ValueError, match=re.escape(f'k is the length of a list, a positive integer; found {k!r}')): f(rec, *args, k=k)
+
+
+def test_filters():
+    rec = recommender([(2, 2)], ['a', 'b'], [1, 2, 3])
+    assert set(recommend(rec, 'b', filter=lambda o: o != 3)['item']) == {1}
+    assert set(recommend(rec, 'b', filter={2, 3})['item']) == set(recommend(rec, 'b', filter=pd.Index([3]).tolist())['item']) == {3}
+    with pytest.raises(TypeError, match='filter is a function of an item or a collection of items; found int: 3'): recommend(rec, 'b', filter=3)
+    assert recommend(rec, {1: 5.}, k=9, filter={1, 2})['item'].tolist() == [2]
+
+
+# --- explanations -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('make', MODELS[:2] + MODELS[3:])
+def test_parts_add_up_to_the_score(make):
+    rec = recommender(PAIRS, ['a', 'b'], ['x', 'y', 'z'], make)
+    value = explain(rec, 'b', 'x').value
+    parts = value.drop(['sum', 'score'])
+    assert parts.sum() == pytest.approx(value['sum'], abs=1e-5) and value.score == pytest.approx(predict(rec, 'b', 'x'), abs=1e-5)
+    if not isinstance(rec.model, DotProductBias): assert value.score == pytest.approx(value['sum'], abs=1e-5)
+
+
+def test_cosines_by_hand():
+    rec = recommender(PAIRS, ['a', 'b'], ['x', 'y', 'z', 'still'], lambda u, i: DotProductBias(u, i, 2))
+    with torch.no_grad(): rec.model.items.weight[1:] = torch.tensor([[3., 4], [6, 8], [4, -2], [0, 0]])
+    alike = similar_items(rec, 'x', min_ratings=0)
+    assert alike['item'].tolist() == ['y', 'z', 'still'] and alike.similarity.tolist() == pytest.approx([1, .8**.5/5, 0], abs=1e-6)  # 4/(5*20**.5)
+    assert alike.ratings.tolist() == [2, 1, 0] and similar_items(rec, 'x', min_ratings=2)['item'].tolist() == ['y']
+    assert nearest_seen(rec, 'b', 'x')['item'].tolist() == ['y'] and len(nearest_seen(rec, 'b', 'y')) == 0  # not like itself
+
+
+def test_a_plane_takes_two():
+    import matplotlib
+    matplotlib.use('agg')
+    rec = recommender([(1, 1)], ['a'], ['x', 'y'], lambda u, i: DotProduct(u, i, 1))
+    with pytest.raises(ValueError, match='a plane takes two items and two factors; found 2 items with 1 factors'): plot_factors(rec)
+    assert plot_factors(recommender(PAIRS, ['a', 'b'], ['x', 'y', 'z']), top=99)['item'].tolist() == ['y', 'x', 'z']
+
+
+def test_without_fastai():
+    code = ("import sys, collab_deep.recommend, collab_deep.evaluate, collab_deep.explain, collab_deep.save; "
+            "print([o for o in ('fastai', 'matplotlib', 'sklearn') if o in sys.modules])")
+    assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True).stdout == '[]\n'
