@@ -16,4 +16,5 @@ from .weights import *
 from .splitters import *
 from .predict import *
 from .interpret import *
+from .report import *
 from .memory import *

@@ -6,6 +6,7 @@
 __all__ = ['app', 'main', 'train']
 
 # %% ../nbs/paddy_multi/90_cli.ipynb #c003
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -27,115 +28,102 @@ def main(
 ):
     "Several label columns in one fastai model."
 
-# %% ../nbs/paddy_multi/90_cli.ipynb #c008
-def _read_labels(
-    folder:Path, # Folder with `labels.csv` and `images/`
-    targets:list, # Label columns
-):
-    "The table of labels; `ValueError` or `FileNotFoundError` for one that cannot be learned from"
-    import pandas as pd
-    if not (folder/'labels.csv').is_file(): raise FileNotFoundError(f'expected a table {folder/"labels.csv"} beside a folder images, found none')
-    df = pd.read_csv(folder/'labels.csv')
-    if missing := [c for c in ['image', *targets] if c not in df]: raise ValueError(f'labels.csv has no column {missing}: it holds {list(df.columns)}')
-    if len(set(targets)) < 2: raise ValueError(f'expected two or more different label columns, found {targets}: for one, fastai alone is enough')
-    for name in targets: _check_column(df, name)
-    if absent := [o for o in df.image if not (folder/'images'/str(o)).is_file()]: raise FileNotFoundError(f'labels.csv names {len(absent)} pictures that are not in images/, {absent[0]!r} first')
-    return df.astype({name: str for name in targets})
+def _stop(message:str, code:int=1):
+    typer.echo(message, err=True)
+    raise typer.Exit(code)
 
-def _check_column(df, name):
-    "`ValueError` unless column `name` holds classes, one a row"
-    if gaps := int(df[name].isna().sum()): raise ValueError(f'{name}: {gaps} of {len(df)} rows have no label: fill them in, or leave them out')
-    if df[name].dtype.kind == 'f': raise ValueError(f'{name} holds numbers such as {df[name].iloc[0]}, not classes: choose another column')
-    if df[name].nunique() < 2: raise ValueError(f'{name}: every row has the label {df[name].iloc[0]!r}, so there is nothing to learn')
+# %% ../nbs/paddy_multi/90_cli.ipynb #c008
+def _settings(out, given, resume, overwrite):
+    "Settings of the run in `out`: those it began with, or those `given`"
+    file = out/'settings.json'
+    if resume:
+        if not (out/'checkpoint.json').is_file(): raise typer.BadParameter(f'{out} holds no checkpoint to go on from', param_hint='--resume')
+        return json.loads(file.read_text())
+    if file.exists() and not overwrite: raise typer.BadParameter(f'{out} holds results: choose another folder, add --overwrite, or --resume to go on with a run', param_hint='--out')
+    if out.exists() and not out.is_dir(): raise typer.BadParameter(f'{out} is a file: name a folder', param_hint='--out')
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ('checkpoint.json', 'checkpoint.pth'): (out/name).unlink(missing_ok=True)
+    return given
+
+def _folder(data, out):
+    "The folder that `data` means, and where it comes from"
+    if data == 'sample':
+        from paddy_multi.paddy import sample_paddy
+        return sample_paddy(out/'sample_paddy'), 'Synthetic pictures, drawn by sample_paddy in the layout of the Paddy Doctor competition.'
+    if data == 'digits':
+        from paddy_multi.data import sample_digits
+        return sample_digits(out/'digits'), "Real digits of scikit-learn; slant and ink are measured from the pixels."
+    return Path(data), f'Pictures of the folder {Path(data).name}.'
+
+def _learner(s, folder):
+    "A learner for the settings `s`"
+    from fastai.vision.all import Resize, aug_transforms, set_seed
+    from paddy_multi.learner import multi_target_learner
+    from paddy_multi.training import folder_dls
+    from paddy_multi import weights  # registers its architecture with timm
+    set_seed(s['seed'])
+    # Digits are not mirrored: a 2 would stop being one, and its slant would change sides
+    aug = [] if s['data'] == 'digits' else aug_transforms(size=s['size'], min_scale=.75)
+    dls = folder_dls(folder, s['targets'], seed=s['seed'], bs=s['bs'], num_workers=0, item_tfms=Resize(s['size'], method='squish'), batch_tfms=aug)
+    return multi_target_learner(dls, s['arch'], pretrained=s['pretrained'])
+
+# %% ../nbs/paddy_multi/90_cli.ipynb #c009
+def _write_results(learn, rows, out, notes):
+    "Predictions, model and report; and what they say in a few lines"
+    import pandas as pd
+    from paddy_multi.predict import predict_named
+    from paddy_multi.report import write_report
+    table = learn.dls.targets
+    files = learn.dls.valid_ds.items
+    with learn.no_bar(): predictions = predict_named(learn, files)
+    labels = pd.DataFrame([table.decode(y) for _, y in learn.dls.valid_ds], index=predictions.index)
+    for name in reversed(table.names): predictions.insert(0, f'{name}_label', labels[name])
+    predictions.to_csv(out/'predictions.csv', index_label='file')
+    learn.export((out/'model.pkl').resolve())
+    write_report(learn, out/'report.html', rows, 'Multi-target training', notes)
+    typer.echo(f'\nOf {len(files)} pictures that the model has not been trained on:')
+    last = rows.iloc[-1]
+    for t in table: typer.echo(f'  {t.name}: {_summary(t, labels[t.name], last)}')
+    typer.echo(f'{out}: report.html, predictions.csv, model.pkl')
+
+def _summary(t, labels, last):
+    "The target's first metric, beside what the commonest label or the mean would give"
+    labels = labels.dropna()
+    name,value = next((k, v) for k, v in last.items() if k.startswith(f'{t.name}_') and not k.endswith('_loss'))
+    if t.kind == 'category': return f'{name} {value:.3f} (always saying the commonest: {1-labels.value_counts(normalize=True).max():.3f})'
+    if t.kind == 'regression': return f'{name} {value:.3g} (always saying the mean: {(labels-t.mean).abs().mean():.3g})'
+    return f'{name} {value:.3f}'
 
 # %% ../nbs/paddy_multi/90_cli.ipynb #c011
-def _learner(folder, df, targets, arch, size, bs, seed):
-    "A learner for the label columns `targets` of `df`, its loss and metrics split by output slice"
-    from fastai.vision.all import CategoryBlock, ColReader, DataBlock, ImageBlock, RandomSplitter, Resize, error_rate, set_seed, vision_learner
-    from torch.nn import functional as F
-    from paddy_multi.sliced import combined_loss, sliced_metrics
-    set_seed(seed)
-    vocabs = {name: sorted(df[name].unique()) for name in targets}
-    dls = DataBlock(blocks=(ImageBlock, *(CategoryBlock(vocab=v) for v in vocabs.values())), n_inp=1,
-                    get_x=ColReader('image', pref=folder/'images'), get_y=[ColReader(name) for name in targets],
-                    splitter=RandomSplitter(.2, seed=seed), item_tfms=Resize(size)).dataloaders(df, bs=bs, num_workers=0)
-    loss = combined_loss({name: (F.cross_entropy, len(v)) for name, v in vocabs.items()})
-    metrics = sliced_metrics(error_rate, {name: len(v) for name, v in vocabs.items()}) + loss.metrics()
-    return vision_learner(dls, arch, pretrained=False, n_out=loss.n_out, loss_func=loss, metrics=metrics)
-
-def _predictions(learn, targets):
-    "Label, prediction and its probability for every validation item, by target"
-    import pandas as pd
-    probs, labels, decoded = learn.get_preds(with_decoded=True)
-    res = {'image': learn.dls.valid_ds.items.image.to_numpy()}
-    for i, (name, cols) in enumerate(learn.loss_func.slices.items()):
-        vocab = list(learn.dls.vocab[i])
-        res[name], res[f'{name}_predicted'] = [vocab[o] for o in labels[i]], [vocab[o] for o in decoded[i]]
-        res[f'{name}_prob'] = probs[:,cols].max(1)[0].numpy().round(4)
-    return pd.DataFrame(res)
-
-def _picture(predictions, folder, targets, path):
-    "Sixteen validation pictures, the first eight at random and the rest wrong somewhere, as a PNG at `path`"
-    from matplotlib import pyplot as plt
-    from PIL import Image
-    wrong = predictions.apply(lambda row: any(row[t] != row[f'{t}_predicted'] for t in targets), axis=1)
-    rows = [*predictions.sample(8, random_state=1).iterrows(), *predictions[wrong].head(8).iterrows()]
-    fig, axs = plt.subplots(2, 8, figsize=(12, 4.2), layout='constrained')
-    for ax in axs.flat: ax.axis('off')
-    for ax, (_, row) in zip(axs.flat, rows):
-        ax.imshow(Image.open(folder/'images'/row.image), cmap='gray')
-        right = all(row[t] == row[f'{t}_predicted'] for t in targets)
-        ax.set_title('\n'.join(row[t] if row[t] == row[f'{t}_predicted'] else f'{row[t]}, not {row[f"{t}_predicted"]}' for t in targets),
-                     fontsize=9, color='#1a7f37' if right else '#c62828')
-    fig.suptitle('Validation pictures: eight at random, then mistakes (label, not prediction)', fontsize=10)
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
-
-# %% ../nbs/paddy_multi/90_cli.ipynb #c013
 @app.command()
 def train(
     out:Annotated[Path, typer.Option(help='Folder to write the results to.', metavar='FOLDER')],
-    data:Annotated[str, typer.Option(help='Folder with labels.csv (a column image, and the label columns) and images/; or digits, for real digits that come with scikit-learn.')]='digits',
-    targets:Annotated[str, typer.Option(help='Label columns to learn, with commas between them.')]='digit,slant',
-    arch:Annotated[str, typer.Option(help='Architecture: a name of timm.')]='convnext_atto',
-    epochs:Annotated[int, typer.Option(min=1, help='Passes over the training part.')]=5,
-    size:Annotated[int, typer.Option(min=32, help='Height and width that pictures are resized to, in pixels.')]=32,
-    bs:Annotated[int, typer.Option(min=2, help='Pictures a batch.')]=64,
-    lr:Annotated[float, typer.Option(help='Peak learning rate of the one-cycle schedule.')]=5e-3,
+    data:Annotated[str, typer.Option(help='Folder with train.csv and train_images/ (as the Paddy Doctor competition has it) or labels.csv and images/; sample for a synthetic one in that layout, digits for real digits of scikit-learn.')]='sample',
+    targets:Annotated[str, typer.Option(help='Label columns with commas between them, a kind after a colon where whole numbers are no classes: label,variety,age:regression (the default for train.csv).')]=None,
+    arch:Annotated[str, typer.Option(help='Architecture: a name of timm, or efficientnet_lite0_packaged, whose weights need no network.')]='efficientnet_lite0_packaged',
+    pretrained:Annotated[bool, typer.Option(help='Start from pretrained weights.')]=True,
+    epochs:Annotated[int, typer.Option(min=1, help='Epochs with all layers training; one with a frozen body comes before, if pretrained.')]=4,
+    size:Annotated[int, typer.Option(min=32, help='Height and width of the pictures, in pixels.')]=96,
+    bs:Annotated[int, typer.Option(min=2, help='Pictures a batch.')]=32,
+    lr:Annotated[float, typer.Option(min=0, help='Learning rate of the head.')]=1e-2,
     seed:Annotated[int, typer.Option(help='Seed of the split and of the weights.')]=42,
     overwrite:Annotated[bool, typer.Option('--overwrite', help='Replace results that are there.')]=False,
+    resume:Annotated[bool, typer.Option('--resume', help='Go on with the run in --out, with the settings it began with.')]=False,
 ):
-    """Train one model on several label columns, from scratch.
+    """Train one model on several label columns.
 
-    Writes predictions.csv (the validation part), predictions.png and model.pkl (for fastai's load_learner).
+    Writes report.html, predictions.csv (the validation part) and model.pkl (for fastai's load_learner). Ctrl-C keeps the
+    finished epochs: go on with --resume.
     """
-    if (out/'model.pkl').exists() and not overwrite: raise typer.BadParameter(f'{out} holds results: choose another folder, or add --overwrite', param_hint='--out')
-    names = [name.strip() for name in targets.split(',')]
-    try: folder, df = _load(data, out, names)
-    except (OSError, ValueError) as e:
-        typer.echo(f'Error: {e}', err=True)
-        raise typer.Exit(1)
-    typer.echo(f'{len(df):,} pictures; ' + '; '.join(f'{name}: {df[name].nunique()} classes' for name in names))
-    learn = _learner(folder, df, names, arch, size, bs, seed)
-    typer.echo(f'{learn.loss_func}\n')
-    learn.fit_one_cycle(epochs, lr)
-    _write(learn, folder, names, out)
-
-def _load(data, out, names):
-    "The folder that `data` means, and its labels"
-    from paddy_multi.data import sample_digits
-    folder = sample_digits(out/'digits') if data == 'digits' else Path(data)
-    return folder, _read_labels(folder, names)
-
-def _write(learn, folder, names, out):
-    "Write the results to `out` and say what they are"
-    with learn.no_bar(): predictions = _predictions(learn, names)
-    out.mkdir(parents=True, exist_ok=True)
-    predictions.to_csv(out/'predictions.csv', index=False)
-    _picture(predictions, folder, names, out/'predictions.png')
-    learn.export(out.resolve()/'model.pkl')
-    typer.echo(f'\nOf {len(predictions)} pictures that the model has not seen:')
-    for name in names:
-        wrong, guess = (predictions[name] != predictions[f'{name}_predicted']).mean(), 1-predictions[name].value_counts(normalize=True).max()
-        typer.echo(f'  {name}: {wrong:.1%} wrong (always saying the commonest class: {guess:.1%})')
-    typer.echo(f'{out}: predictions.csv, predictions.png, model.pkl')
+    given = dict(data=data, targets=targets, arch=arch, pretrained=pretrained, epochs=epochs, size=size, bs=bs, lr=lr, seed=seed)
+    s = _settings(out, given, resume, overwrite)
+    try:
+        folder, note = _folder(s['data'], out)
+        learn = _learner(s, folder)
+    except (OSError, KeyError, ValueError, RuntimeError) as e: _stop(f'Error: {e.args[0] if isinstance(e, KeyError) else e}')
+    (out/'settings.json').write_text(json.dumps(s, indent=1))
+    typer.echo(f'{len(learn.dls.train_ds)} pictures to train on, {len(learn.dls.valid_ds)} to validate. {note}\n\n{learn.dls.targets}\n')
+    from paddy_multi.training import fine_tune_kept
+    try: rows = fine_tune_kept(learn, s['epochs'], s['lr'], out, resume)
+    except KeyboardInterrupt: _stop(f'\nStopped. Finished epochs are kept: go on with paddy-multi train --resume --out {out}', 130)
+    _write_results(learn, rows, out, [note, f'{s["arch"]}, {s["epochs"]} epochs, {s["size"]} pixels, seed {s["seed"]}.'])
