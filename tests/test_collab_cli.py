@@ -79,3 +79,43 @@ def test_help_loads_nothing_heavy(args):
             f"try: app({args!r})\n"
             "except SystemExit: print([o for o in ('torch', 'fastai', 'pandas', 'numpy') if o in sys.modules])")
     assert run(sys.executable, '-c', code).stdout.endswith('[]\n')
+
+
+# --- train and recommend ------------------------------------------------------------------------------------------------
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    "What `train` prints, and the folder it wrote, for 30 users"
+    folder = tmp_path_factory.mktemp('trained')
+    movielens_100k().query('user <= 30').to_csv(folder/'r.csv', index=False)
+    done = run(COMMAND, 'train', '--ratings', 'r.csv', '--out', 'model', '--epochs', 1, '--factors', 4, '--relevant', 4, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done, folder
+
+
+def test_train_writes_a_folder_and_says_how_good_it_is(trained):
+    done, folder = trained
+    assert all(o in done.stdout for o in ('training has 30 of user', 'popularity', 'ndcg', 'coverage', 'model: recommender.json, weights, report.html'))
+    assert sorted(o.suffix for o in (folder/'model').iterdir()) == ['.html', '.json', '.safetensors']
+    page = (folder/'model'/'report.html').read_text(encoding='utf-8')
+    assert page.count('src="data:image/png;base64,') == 2 and 'http' not in page.split('<style>')[0] and page.count('<tr') == 1 + 1 + 5 + 1 + 10
+
+
+def test_recommend_without_fastai(trained):
+    _, folder = trained
+    code = "import sys; from collab_deep.cli import app\ntry: app()\nfinally: print('fastai' in sys.modules)"
+    done = run(sys.executable, '-c', code, 'recommend', '--model', folder/'model', '--user', 7, '--k', 3)
+    *lines, loaded = done.stdout.splitlines()
+    assert len(lines) == 4 and lines[0].split() == ['item', 'score'] and loaded == 'False' and done.stderr == ''
+    again = run(COMMAND, 'recommend', '--model', folder/'model', '--user', '7.0')
+    assert again.returncode == 1 and again.stderr.startswith("Error: user '7.0' is not among the 30 in training; the nearest are 7")
+
+
+def test_train_refuses(trained, tmp_path):
+    _, folder = trained
+    before = {o.name: o.read_bytes() for o in (folder/'model').iterdir()}
+    refused(run(COMMAND, 'train', '--ratings', folder/'r.csv', '--out', folder/'model'), 'model holds results: choose another folder, or add --overwrite')
+    assert {o.name: o.read_bytes() for o in (folder/'model').iterdir()} == before
+    refused(run(COMMAND, 'train', '--ratings', folder/'r.csv', '--out', tmp_path, '--loss', 'hinge'), "'hinge' is not one of 'softmax', 'bpr', 'mse'")
+    (tmp_path/'bad.csv').write_text('user,title,rating\n1,a,5\n2,b,\n')
+    done = run(COMMAND, 'train', '--ratings', tmp_path/'bad.csv', '--out', tmp_path/'new')
+    assert done.returncode == 1 and 'Error: 1 values of rating are not finite' in done.stderr and 'Traceback' not in done.stderr and not (tmp_path/'new').exists()
