@@ -1,0 +1,230 @@
+"The learner: steps and losses against plain PyTorch, sampling, stopping, and the faults of fastai's own learner"
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from fastai.callback.core import Callback
+from fastai.learner import Learner
+from fastai.losses import MSELossFlat
+from fastai.torch_core import set_seed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from collab_deep.evaluate import evaluate_ranking
+from collab_deep.implicit import NegativeSampler, bpr_loss
+from collab_deep.learner import FusedAdamW, KeepBest, RankingMetric, collab_deep_learner, collab_ensemble, scaled
+from collab_deep.loaders import RatingsDataLoaders
+from collab_deep.models import DotProduct, DotProductBias, EmbeddingNN
+
+STARS = (0, 5.5)
+
+
+@pytest.fixture(scope='module')
+def df():
+    "Ratings of 30 users and 20 items that follow from two factors each: synthetic"
+    rng = np.random.default_rng(0)
+    users, items = np.divmod(rng.permutation(600)[:400], 20)
+    p, q = rng.normal(size=(30, 2)), rng.normal(size=(20, 2))
+    return pd.DataFrame(dict(user=users, item=items, rating=np.clip(3 + (p[users]*q[items]).sum(1), 1, 5)))
+
+@pytest.fixture
+def dls(df): return RatingsDataLoaders.from_df(df, seed=0, bs=32, device='cpu')
+
+@pytest.fixture
+def clicks(df): return RatingsDataLoaders.from_df(df[df.rating > 3], implicit=True, seed=0, bs=32, device='cpu')
+
+def fit(learn, epochs=1, **kwargs):
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, **kwargs)
+    return learn
+
+def weights(model): return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+# --- the same as by hand --------------------------------------------------------------------------------------------
+def test_an_epoch_is_the_loop_by_hand(dls):
+    "Plain PyTorch on the same batches, a steady rate: the same weights"
+    set_seed(1)
+    model = DotProductBias(dls.n_users, dls.n_items, 5, STARS)
+    opt = torch.optim.AdamW(model.parameters(), lr=.01, betas=(.9, .99), eps=1e-5, weight_decay=.3)
+    set_seed(2)
+    for x, y in dls.train:
+        opt.zero_grad()
+        ((model(x)-y)**2).mean().backward()
+        opt.step()
+    set_seed(1)
+    learn = collab_deep_learner(dls, 5, y_range=STARS, lr=.01, wd=.3)
+    set_seed(2)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    mine = weights(learn.model)
+    model.fill_unknown()
+    torch.testing.assert_close(mine, weights(model), rtol=1e-4, atol=1e-6)
+
+
+def test_validation_loss_is_the_mean_over_ratings(dls):
+    learn = fit(collab_deep_learner(dls, 5, y_range=STARS))
+    x, y = dls.ratings_of('valid')
+    with torch.no_grad(): expected = ((learn.model(x)-y)**2).mean().item()
+    assert learn.validate()[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_defaults_fit_the_batch(df):
+    for bs in (64, 512):
+        learn = collab_deep_learner(RatingsDataLoaders.from_df(df, bs=bs, device='cpu'), y_range=STARS)
+        assert (learn.lr, learn.wd) == scaled(bs)
+    assert collab_deep_learner(learn.dls, lr=.1, wd=0.).wd == 0
+
+
+def test_biases_of_layers_do_not_decay(dls):
+    learn = collab_deep_learner(dls, use_nn=True, layers=[4])
+    learn.create_opt()
+    learn.opt.set_hypers(wd=.5)
+    decay = {id(p): group['weight_decay'] for group in learn.opt.opt.param_groups for p in group['params']}
+    assert all(decay[id(p)] == (0 if p.ndim < 2 else .5) for p in learn.model.parameters())
+    assert len(decay) == len(list(learn.model.parameters()))
+
+
+def test_schedules_reach_every_group():
+    opt = FusedAdamW({1.: [torch.nn.Parameter(torch.ones(2))], .5: [torch.nn.Parameter(torch.ones(2))]})
+    opt.set_hypers(lr=.3, wd=.2, mom=.8)
+    assert [(o['lr'], o['wd'], o['mom']) for o in opt.hypers] == [(.3, .2, .8), (.3, .1, .8)]
+
+
+# --- faults of fastai's learner -------------------------------------------------------------------------------------
+def test_one_row(dls, df):
+    "fastai 2.8.12: IndexError in get_preds, TypeError in predict"
+    learn = fit(collab_deep_learner(dls, 5, y_range=STARS))
+    preds, _ = learn.get_preds(dl=dls.test_dl(df[:1]))
+    assert preds.shape == (1,) and learn.predict(df.iloc[0])[2].item() == pytest.approx(preds.item(), rel=1e-5)
+
+
+def test_unknown_ids_get_the_average_not_a_random_row(dls, df):
+    "fastai 2.8.12 leaves its row for unknown ids as it was drawn"
+    learn = fit(collab_deep_learner(dls, 5, y_range=STARS), 5)
+    pair = pd.DataFrame(dict(user=[999], item=[888]))
+    assert learn.get_preds(dl=dls.test_dl(pair))[0].item() == pytest.approx(dls.mean, abs=.6)
+    torch.testing.assert_close(learn.model.user_factors[0], learn.model.user_factors[1:].mean(0))
+
+
+def test_the_callers_config_stays_as_it_was(dls):
+    "fastai 2.8.12 writes y_range into it"
+    config = dict(embed_p=.1)
+    collab_deep_learner(dls, use_nn=True, config=config, y_range=STARS)
+    assert config == dict(embed_p=.1)
+
+
+def test_plain_mse_compares_each_with_its_own(dls):
+    "fastai's loaders give [64, 1] beside predictions of [64], which F.mse_loss blows up to [64, 64]"
+    model = DotProduct(dls.n_users, dls.n_items, 3)
+    x, y = next(iter(dls.train))
+    assert F.mse_loss(model(x), y) == MSELossFlat()(model(x), y)
+
+
+@pytest.mark.parametrize('kwargs,kind', [({}, DotProductBias), (dict(use_nn=True, layers=[8, 4]), EmbeddingNN)])
+def test_chapter_arguments(dls, kwargs, kind):
+    learn = fit(collab_deep_learner(dls, 6, y_range=STARS, **kwargs))
+    assert type(learn.model) is kind and learn.model.y_range == STARS and isinstance(learn, Learner)
+
+
+def test_widths_by_column(dls):
+    learn = collab_deep_learner(dls, use_nn=True, emb_szs={'item': 3, 'user': 2})
+    assert (learn.model.user_factors.shape[1], learn.model.item_factors.shape[1]) == (2, 3)
+
+
+# --- rankings -------------------------------------------------------------------------------------------------------
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 6)), min_size=1, max_size=12, unique=True), st.integers(0, 999))
+def test_negatives_were_not_seen(pairs, seed):
+    x = torch.tensor(sorted(pairs))
+    ptr = torch.cat([torch.zeros(1, dtype=torch.long), torch.bincount(x[:,0], minlength=5).cumsum(0)])
+    sample, users = NegativeSampler((ptr, x[:,1]), 7, tries=200), torch.tensor([1, 2, 3, 4]*20)
+    items = sample(users, torch.Generator().manual_seed(seed))
+    full = {u for u in range(1, 5) if sum(a == u for a, _ in pairs) == 6}
+    assert all((u, i) not in pairs or u in full for u, i in zip(users.tolist(), items.tolist()))
+    assert items.min() >= 1 and items.max() <= 6
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 999))
+def test_bpr_by_formula(n_taken, n, seed):
+    torch.manual_seed(seed)
+    pred = torch.randn(n_taken*(1+n), dtype=torch.float64)
+    targ = torch.cat([torch.ones(n_taken), torch.zeros(n_taken*n)])
+    expected = np.mean([-math.log(1/(1+math.exp(pred[n_taken + j*n_taken + i] - pred[i]))) for i in range(n_taken) for j in range(n)])
+    assert bpr_loss(pred, targ).item() == pytest.approx(expected)
+    assert bpr_loss(pred, targ, 'none').mean().item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize('loss', ['bpr', 'softmax'])
+def test_ranking_losses_learn_to_rank(clicks, loss):
+    learn = collab_deep_learner(clicks, 4, loss=loss, lr=.05, wd=.01)
+    before = evaluate_ranking(learn, 5).value.ndcg
+    fit(learn, 8)
+    assert evaluate_ranking(learn, 5).value.ndcg > before and learn.recorder.values[-1][1] < learn.recorder.values[0][1]
+    assert learn.validate()[0] == learn.validate()[0]                                # the same negatives each time
+    assert learn.get_preds()[0].shape == (len(clicks.valid_ds),)                     # predictions are of the pairs asked for
+
+
+def test_softmax_is_cross_entropy_over_all_items(clicks):
+    learn = collab_deep_learner(clicks, 4, loss='softmax', lr=.01, wd=0.)
+    fit(learn)
+    x, _ = clicks.ratings_of('valid')
+    x = x[x[:,1] > 0]
+    with torch.no_grad(): scores = learn.model.scores(x[:,0])[:,1:]
+    assert learn.validate()[0] == pytest.approx(F.cross_entropy(scores, x[:,1]-1).item(), rel=1e-4)
+
+
+def test_metric_is_evaluate_rankings(clicks):
+    learn = fit(collab_deep_learner(clicks, 4, loss='bpr', metrics=[RankingMetric(), RankingMetric('recall', 5)]), 2)
+    assert learn.recorder.metric_names[3:5] == ['ndcg_at_10', 'recall_at_5']
+    assert learn.recorder.values[-1][2:] == [evaluate_ranking(learn, 10).value.ndcg, evaluate_ranking(learn, 5).value.recall]
+
+
+# --- stopping and averaging -----------------------------------------------------------------------------------------
+class Script(Callback):
+    "Weights and metric of each epoch as written down"
+    order = 40
+    def __init__(self, values): self.values = values
+    def after_epoch(self):
+        with torch.no_grad(): self.model.users.weight.fill_(self.epoch)
+        self.recorder.log[-1] = self.values[self.epoch]
+
+
+@pytest.mark.parametrize('monitor,values,stops_after,best', [
+    ('valid_loss', [3., 2, 2.5, 2.4, 1], 4, 1), ('valid_loss', [3., 2, 1, 0, -1], 5, 4), ('valid_loss', [1., math.nan, math.nan], 3, 0)])
+def test_keep_best(dls, monitor, values, stops_after, best):
+    learn = collab_deep_learner(dls, 3, cbs=[KeepBest(monitor, patience=2), Script(values)])
+    with learn.no_bar(), learn.no_logging(): learn.fit(len(values))
+    assert (len(learn.recorder.values), learn.keep_best.best_epoch) == (stops_after, best)
+    assert learn.model.users.weight[1:].unique().item() == best
+    learn.validate()                                                                 # which is no training
+    assert learn.keep_best.best_epoch == best
+
+
+def test_ensemble_is_the_mean_of_its_seeds(dls):
+    learn = collab_ensemble(dls, 1, n=2, seed=3, n_factors=4, y_range=STARS)
+    x, _ = dls.ratings_of('valid')
+    def alone(seed):
+        set_seed(seed)
+        return fit(collab_deep_learner(dls, 4, y_range=STARS)).model.eval()(x)
+    torch.testing.assert_close(learn.get_preds()[0], ((alone(3)+alone(4))/2).detach(), rtol=1e-5, atol=1e-6)
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('kwargs,text', [
+    (dict(loss='hinge'), r"loss is one of \['mse', 'bpr', 'softmax'\], found 'hinge'"),
+    (dict(y_range=(2, 5.5)), r'ratings go from 1 to 5, and y_range \(2, 5.5\) leaves some of them out'),
+    (dict(loss='softmax', y_range=STARS), "leave y_range out with loss='softmax'"),
+])
+def test_refused(dls, kwargs, text):
+    with pytest.raises(ValueError, match=text): collab_deep_learner(dls, **kwargs)
+
+
+def test_interactions_have_no_squared_error(clicks):
+    with pytest.raises(ValueError, match="choose loss='bpr' or 'softmax', found 'mse'"): collab_deep_learner(clicks)
+
+
+def test_an_ensemble_has_members(dls):
+    with pytest.raises(ValueError, match='at least 1; found 0'): collab_ensemble(dls, 1, n=0)
