@@ -248,6 +248,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'paddy_multi.kinds.Target.reading': ('paddy_multi/kinds.html#target.reading', 'paddy_multi/kinds.py'),
                                    'paddy_multi.kinds.Target.valid': ('paddy_multi/kinds.html#target.valid', 'paddy_multi/kinds.py'),
                                    'paddy_multi.kinds._class_weight': ('paddy_multi/kinds.html#_class_weight', 'paddy_multi/kinds.py'),
+                                   'paddy_multi.kinds._follow': ('paddy_multi/kinds.html#_follow', 'paddy_multi/kinds.py'),
                                    'paddy_multi.kinds._random_rows': ('paddy_multi/kinds.html#_random_rows', 'paddy_multi/kinds.py'),
                                    'paddy_multi.kinds._some': ('paddy_multi/kinds.html#_some', 'paddy_multi/kinds.py'),
                                    'paddy_multi.kinds.is_missing': ('paddy_multi/kinds.html#is_missing', 'paddy_multi/kinds.py')},

@@ -18,3 +18,4 @@ from .predict import *
 from .interpret import *
 from .report import *
 from .memory import *
+from .accum_benchmark import *
