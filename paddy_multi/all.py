@@ -19,3 +19,4 @@ from .interpret import *
 from .report import *
 from .memory import *
 from .accum_benchmark import *
+from .cli_accum import *

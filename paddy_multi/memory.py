@@ -174,8 +174,8 @@ class _Step:
 def _set_trainable(learn, model, trainable):
     "Parameter groups of the copy `model`: 'all' trains, 'as is', or the 'head' alone"
     if trainable != 'as is': model.requires_grad_(True)
-    groups = [list(g) for g in learn.splitter(model)]
-    if not isinstance(next(iter(groups), None), list): groups = [groups]
+    groups = list(learn.splitter(model))
+    groups = [groups] if isinstance(groups[0], Tensor) else [list(g) for g in groups]
     if trainable == 'head':
         for p in (p for g in groups[:-1] for p in g): p.requires_grad_(False)
     return [[p for p in g if p.requires_grad] for g in groups]
@@ -265,6 +265,7 @@ def plot_memory(
     parts = memory[['parameters', 'gradients', 'optimizer', 'inputs', 'activations', 'temporaries']]/1e9
     ax = parts.plot.bar(stacked=True, ax=ax, rot=0, width=.7, colormap='tab20c', ylabel='GB at the peak', xlabel='accum: chunks a batch')
     if budget is not None: ax.axhline(parse_bytes(budget)/1e9, color='k', ls='--', lw=1, label=f'budget {budget}')
+    ax.margins(y=.05)
     ax.legend(frameon=False)
     return ax
 
@@ -315,5 +316,5 @@ def _advice(learn, memory, device):
     res = {'checkpointing of activations, at best': fixed+memory.state+max(memory.update, 0),
            'SGD without momentum (keeps nothing)': fixed+max((memory.lines[0]+memory.lines[1]).max(), 0),
            'a fused optimizer (no temporaries)': fixed+memory.state+max((memory.lines[0]+memory.lines[1]).max(), 0)}
-    if len(list(learn.splitter(learn.model))) > 1: res['a frozen body'] = step_memory(learn, device, 'head').at(memory.n)['total']
+    if not isinstance(next(iter(learn.splitter(learn.model))), Tensor): res['a frozen body'] = step_memory(learn, device, 'head').at(memory.n)['total']
     return {k: round(v) for k,v in sorted(res.items(), key=lambda o: o[1])}
