@@ -6,6 +6,7 @@
 __all__ = ['lean_of', 'sample_digits']
 
 # %% ../nbs/paddy_multi/00_data.ipynb #c003
+import os
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ def sample_digits(
     `ink` (share of the darkest possible) to `path`; a folder that already holds them is left as it is, one with other labels is refused"""
     from sklearn.datasets import load_digits
     path, bunch = Path(path), load_digits()
-    leans = np.array([lean_of(img) for img in bunch.images]).round(1)
+    leans = np.array([lean_of(img) for img in bunch.images]).round(1) + 0  # no -0.0
     labels = pd.DataFrame(dict(
         image=[f'{i:04d}.png' for i in range(len(leans))], digit=bunch.target,
         slant=np.select([leans < -6, leans > 6], ['left', 'right'], 'upright'),
@@ -44,5 +45,7 @@ def sample_digits(
         raise FileExistsError(f'{table} holds other labels than these digits: choose an empty folder')
     (path/'images').mkdir(parents=True, exist_ok=True)
     for i, img in enumerate(bunch.images): Image.fromarray((img*255/16).round().astype(np.uint8)).save(path/f'images/{i:04d}.png')
-    table.write_text(labels)  # last, so that a folder with a table is complete
+    part = path/f'labels.{os.getpid()}.part'
+    part.write_text(labels)
+    part.replace(table)  # last and at once, so that a folder with a table is complete
     return path

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from copy import copy
 from numbers import Real
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,11 +22,11 @@ from .sliced import _OneLoss
 # %% ../nbs/paddy_multi/02_kinds.ipynb #c006
 def is_missing(
     label, # A label as it stands in a column
-)->bool: # True for None, NaN, NaT and blank text
+)->bool: # True for None, NaN, NaT, pd.NA and blank text
     "Whether `label` is missing"
     if label is None: return True
     if isinstance(label, str): return not label.strip()
-    return not isinstance(label, Iterable) and bool(label != label)
+    return not isinstance(label, Iterable) and bool(pd.isna(label))
 
 # %% ../nbs/paddy_multi/02_kinds.ipynb #c009
 class Target:
@@ -82,7 +83,9 @@ class Target:
         y:Tensor, # Label columns `[n, n_cols]`
     )->Tensor: # `[n]`
         "The loss of each item"
-        return self._one(preds, self._for_loss(y), 'none') if self._one else self._losses(preds, y)
+        if not self._one: return self._losses(preds, y)
+        _follow(self.loss, preds.device)
+        return self._one(preds, self._for_loss(y), 'none')
 
     def counts(self, y:Tensor)->Tensor:
         "What each item `[n]` counts in the denominator of a mean loss: 1, or the weight of its class"
@@ -96,6 +99,12 @@ class Target:
         own, ours = float(self._one(preds, self._for_loss(y))), float(self.losses(preds, y).sum()/self.counts(y).sum())
         if not math.isclose(own, ours, rel_tol=1e-4): raise ValueError(f'{self.name}: the mean of {self.loss} ({own:.5g}) is not the mean of its items ({ours:.5g}), '
             'so missing labels could not be left out of it: choose another loss, such as nn.CrossEntropyLoss(weight=..., label_smoothing=...)')
+
+def _follow(loss, device):
+    "Class weights go where the output is: fastai moves those of its own losses alone"
+    if hasattr(loss, 'to'): loss.to(device)
+    bound = getattr(loss, 'keywords', {})
+    bound.update({name: o.to(device) for name, o in bound.items() if isinstance(o, Tensor)})
 
 def _class_weight(loss):
     "The class weights of a loss: a module, fastai's wrapper of one, or a function with bound arguments"
@@ -167,7 +176,7 @@ def _some(labels, n=5):
     labels = sorted(labels, key=str)
     return ', '.join(map(repr, labels[:n])) + (f' and {len(labels)-n} more' if len(labels) > n else '')
 
-# %% ../nbs/paddy_multi/02_kinds.ipynb #c018
+# %% ../nbs/paddy_multi/02_kinds.ipynb #c020
 class MultiCategoryTarget(CategoryTarget):
     "Any number of labels, learned with binary cross-entropy"
     kind = 'multicategory'
@@ -206,7 +215,7 @@ class MultiCategoryTarget(CategoryTarget):
     def to_rows(self, acts): return (acts > self.thresh).float()
     def prob(self, acts): return None
 
-# %% ../nbs/paddy_multi/02_kinds.ipynb #c021
+# %% ../nbs/paddy_multi/02_kinds.ipynb #c023
 class RegressionTarget(Target):
     "A number, standardised on the training split, learned with squared error"
     kind, width = 'regression', 1
@@ -228,7 +237,7 @@ class RegressionTarget(Target):
     def prob(self, acts): return None
     def for_metric(self, preds, y): return self.to_units(preds[:,0]), self.to_units(y[:,0])
 
-# %% ../nbs/paddy_multi/02_kinds.ipynb #c024
+# %% ../nbs/paddy_multi/02_kinds.ipynb #c026
 class OrdinalTarget(CategoryTarget):
     "A rank, learned with CORN (Shi, Cao and Raschka, 2021, https://arxiv.org/abs/2111.08851)"
     kind = 'ordinal'

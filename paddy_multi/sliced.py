@@ -8,14 +8,16 @@ __all__ = ['CombinedLoss', 'combined_loss', 'SlicedMetric', 'sliced_metrics']
 # %% ../nbs/paddy_multi/01_sliced.ipynb #c003
 import inspect
 import math
+import warnings
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from itertools import accumulate
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
-from fastai.learner import Metric, mk_metric, replacing_yield
+from fastai.learner import AvgLoss, AvgSmoothLoss, Metric, mk_metric, replacing_yield
 from torch import Tensor, nn
 
 # %% ../nbs/paddy_multi/01_sliced.ipynb #c007
@@ -47,7 +49,7 @@ def _check_width(
     name:str, # Its target
 ):
     "`ValueError` unless `width` is a positive int"
-    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+    if isinstance(width, bool) or not isinstance(width, Integral) or width < 1:
         raise ValueError(f'{name}: the width is the number of output columns, a positive int; found {width!r}')
 
 # %% ../nbs/paddy_multi/01_sliced.ipynb #c013
@@ -95,8 +97,8 @@ class _OneLoss:
     def __init__(self, name, loss, width, weight=1.):
         _check_width(width, name)
         if not callable(loss): raise TypeError(f'{name}: expected a loss function, found {loss!r}')
-        if isinstance(loss, type): raise TypeError(f'{name}: expected a loss function, found the class {loss.__name__}: write {loss.__name__}()')
-        if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf: raise ValueError(f'{name}: the weight is a finite number, 0 or more; found {weight!r}')
+        if isinstance(cls := _whole(loss), type): raise TypeError(f'{name}: expected a loss function, found the class {cls.__name__}: write {cls.__name__}()')
+        if not isinstance(weight, Real) or not 0 <= weight < math.inf: raise ValueError(f'{name}: the weight is a finite number, 0 or more; found {weight!r}')
         known = _known_reading(loss)
         if width == 1 and known in (_category, _log_category): raise ValueError(f'{name}: a cross-entropy over 1 class is always 0: give it 2 columns or more, or another loss')
         self.name,self.loss,self.width,self.weight = name,loss,width,weight
@@ -107,8 +109,11 @@ class _OneLoss:
         pred = _match(pred, targ)
         if self.elementwise and pred.shape != targ.shape:
             raise ValueError(f'{self.name}: expected targets of the shape of their output {tuple(pred.shape)}, found {tuple(targ.shape)}')
-        if reduction == 'mean': return self._scalar(self.loss(pred, targ))
-        loss = self._reduced(pred, targ, reduction)
+        try: loss = self.loss(pred, targ) if reduction == 'mean' else self._reduced(pred, targ, reduction)
+        except (IndexError, RuntimeError) as e:
+            e.add_note(f'in the loss of {self.name}: output {tuple(pred.shape)}, labels {tuple(targ.shape)} of {targ.dtype}')
+            raise
+        if reduction == 'mean': return self._scalar(loss)
         return loss.reshape(len(pred), -1).mean(1) if reduction == 'none' else loss
 
     def _scalar(self, loss):
@@ -123,12 +128,13 @@ class _OneLoss:
         raise TypeError(f'{self.name}: a loss by item was asked for, and {fn} takes no `reduction`: add it as a parameter')
 
 # %% ../nbs/paddy_multi/01_sliced.ipynb #c019
-class CombinedLoss:
+class CombinedLoss(nn.Module):  # a module, since fastai moves no other loss of one's own to the device
     "Weighted sum of one loss per target, each on its own slice of the output; made by `combined_loss`"
     reduction = 'mean'
     def __init__(self,
         targets:dict, # `(loss, width)` or `(loss, width, weight)` by name, None to ignore a target
     ):
+        super().__init__()
         self.losses = {name: None if spec is None else _OneLoss(name, *self._spec(name, spec)) for name, spec in targets.items()}
         self.widths = {name: o and o.width for name, o in self.losses.items()}
         self.weights = {name: o.weight for name, o in self.losses.items() if o}
@@ -151,7 +157,7 @@ class CombinedLoss:
         preds = _plain(preds)
         return {name: one(preds[:,self.slices[name]], _plain(t), reduction) for (name, one), t in zip(self.losses.items(), targs) if one}
 
-    def __call__(self, preds, *targs, reduction=None):
+    def forward(self, preds, *targs, reduction=None):
         losses = self.by_target(preds, *targs, reduction=reduction or self.reduction)
         return sum(l if self.weights[name] == 1 else self.weights[name]*l for name, l in losses.items())
 
@@ -191,8 +197,9 @@ def _plain(x): return x.as_subclass(Tensor) if isinstance(x, Tensor) else x  # f
 def _column(x): return x[:,0] if x.ndim == 2 and x.shape[1] == 1 else x
 
 def _check_output(preds, n_out, names):
-    if preds.ndim != 2 or preds.shape[1] != n_out:
-        raise ValueError(f'the targets {list(names)} need an output [bs, {n_out}], the model gives {list(preds.shape)}: set n_out={n_out}, or mend the widths')
+    found = list(preds.shape) if isinstance(preds, Tensor) else type(preds).__name__
+    if len(found) != 2 or found[1] != n_out:
+        raise ValueError(f'the targets {list(names)} need an output [bs, {n_out}], the model gives {found}: set n_out={n_out}, or mend the widths')
 
 def _check_batch(preds, targs, n_out, names):
     if len(targs) != len(names): raise ValueError(f'expected {len(names)} targets {list(names)}, found {len(targs)}: name every target block, with None for those to ignore')
@@ -208,12 +215,14 @@ def combined_loss(
     return CombinedLoss(_named(targets, kwargs, 'combined_loss'))
 
 # %% ../nbs/paddy_multi/01_sliced.ipynb #c037
+_no_loss = 'a sliced metric cannot read learn.loss, the sum over all targets: use `combined_loss(...).metrics()`'
+
 class _OneTarget:
     "A learner as a metric of one target sees it"
     def __init__(self, learn, pred, targ): self._learn,self.pred,self.y,self.yb = learn,pred,targ,(targ,)
     def __getattr__(self, name):
         if name.startswith('_'): raise AttributeError(name)
-        if name in ('loss', 'loss_grad'): raise AttributeError('a sliced metric cannot read learn.loss, the sum over all targets: use `combined_loss(...).metrics()`')
+        if name in ('loss', 'loss_grad'): raise AttributeError(_no_loss)
         return getattr(self._learn, name)
 
 _full = dict(mae='mean_absolute_error', mse='mean_squared_error', _rmse='root_mean_squared_error', rmse='root_mean_squared_error',
@@ -273,7 +282,16 @@ def sliced_metrics(
     targets = _named(targets, kwargs, 'sliced_metrics')
     specs = {name: _metric_spec(name, metric, spec) for name, spec in targets.items()}
     widths = {name: o and o[1] for name, o in specs.items()}
-    return [SlicedMetric(o[0], name, widths) for name, o in specs.items() if o]
+    metrics = [SlicedMetric(o[0], name, widths) for name, o in specs.items() if o]
+    for m in metrics: _check_direction(m)
+    return metrics
+
+def _minimised(name): return 'loss' in name or 'error' in name  # as fastai's TrackerCallback sees it
+
+def _check_direction(metric:SlicedMetric):
+    "Warn of a target's name that makes fastai's trackers minimise a metric which they would maximise"
+    if _minimised(metric.target) and not _minimised(metric.name.removeprefix(metric.target)):
+        warnings.warn(f"{metric.target}: fastai's trackers minimise {metric.name}, since it says 'loss' or 'error': give them comp=np.greater", stacklevel=3)
 
 def _metric_spec(name, metric, spec):
     "`spec` as `(metric, width)`, None for an ignored target"
@@ -282,5 +300,6 @@ def _metric_spec(name, metric, spec):
     if metric is not None: spec = (metric, spec)
     if not isinstance(spec[0], Metric) and not callable(spec[0]): raise TypeError(f'{name}: expected a metric, found {spec[0]!r}')
     if isinstance(spec[0], type): raise TypeError(f'{name}: expected a metric, found the class {spec[0].__name__}: write {spec[0].__name__}()')
+    if isinstance(spec[0], (AvgLoss, AvgSmoothLoss)): raise TypeError(f'{name}: {_no_loss}')
     _check_width(spec[1], name)
     return spec

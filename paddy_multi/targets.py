@@ -128,6 +128,7 @@ class Targets:
         for name, target in declared.items():
             if not isinstance(target, Target): raise TypeError(f'{name}: expected a target such as CategoryTarget(...), found {target!r}')
             if name in _taken: raise ValueError(f'Targets: {name!r} is the name of a column that tables of results have already: choose another')
+            if f'{name}_prob' in declared: raise ValueError(f'Targets: {name}_prob is what the probability of {name} is called in predictions: rename one of the two')
         if not any(t.weight for t in declared.values()): raise ValueError(f'every weight is 0, so nothing is left to learn from {list(declared)}')
         self._declared = declared
 
@@ -208,8 +209,11 @@ class _Fresh:
 
 def _check_items(declared, items):
     "Every item must have a row in every table that `by_name` reads; a row without an item is warned of"
+    told = set()
     for name, get in ((name, declared[name].get) for name in declared.names):
         if not isinstance(get, by_name): continue
         names = {get.key_of(o) for o in items}
         if lost := names - get.labels.keys(): raise KeyError(f'{name}: {len(lost)} items have no row in column {get.key!r}, such as {_some(lost, 3)}: add rows, with an empty label where it is unknown, or leave the items out')
-        if unused := get.labels.keys() - names: warnings.warn(f'{name}: {len(unused)} rows of column {get.key!r} have no item, such as {_some(unused, 3)}')
+        unused = frozenset(get.labels.keys() - names)
+        if unused and (get.key, unused) not in told: warnings.warn(f'{name}: {len(unused)} rows of column {get.key!r} have no item, such as {_some(unused, 3)}')
+        told.add((get.key, unused))  # once a table, not once a target

@@ -1,4 +1,5 @@
 "`sample_digits` interrupted, crowded and refused; `lean_of` on random images"
+import resource
 import multiprocessing
 import os
 from pathlib import Path
@@ -125,3 +126,18 @@ def test_a_file_in_the_way_is_an_error_and_is_kept(tmp_path):
     with pytest.raises(OSError, match='digits'): sample_digits(file)
     with pytest.raises(OSError, match='digits'): sample_digits(file/'below')
     assert file.read_text() == 'mine'
+
+def fill_the_disk(path):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))     # a picture fits, the table does not
+    sample_digits(path)
+
+def test_a_table_cut_short_does_not_lock_the_folder(tmp_path):
+    writer = multiprocessing.get_context('fork').Process(target=fill_the_disk, args=(tmp_path,))
+    writer.start()
+    writer.join(60)
+    assert writer.exitcode != 0 and not (tmp_path/'labels.csv').exists()
+    assert sample_digits(tmp_path) == tmp_path
+    assert pd.read_csv(tmp_path/'labels.csv').shape == (1797, 5)
+
+def test_no_angle_is_minus_nought(tmp_path):
+    assert '-0.0,' not in (sample_digits(tmp_path)/'labels.csv').read_text()

@@ -1,4 +1,5 @@
 "`combined_loss` and `sliced_metrics` on random tables of targets, and in fastai beside hand-written functions and scikit-learn"
+import warnings
 import re
 import subprocess
 import sys
@@ -633,3 +634,38 @@ def test_a_loss_of_ones_own_trains_before_it_says_how_it_is_read(dls):
     assert (probs[:, 13] >= 0).all() and torch.equal(lean, probs[:, 13].ceil())
     with pytest.raises(TypeError, match='lean: a loss by item was asked for'): learn.get_preds(with_loss=True)
     assert learn.loss_func.reduction == 'mean' and len(learn.validate()) == 1
+
+def test_fastai_moves_class_weights_to_the_loaders_device(dls):
+    loss, moved = combined_loss(digit=(ce, 10), slant=(nn.CrossEntropyLoss(weight=RARE.clone()), 3), lean=(F.mse_loss, 1)), []
+    loss.to = moved.append
+    learner(dls, 14, loss).fit(1, 0)
+    assert moved == [dls.device]
+    del loss.to
+    assert loss.to('meta') is loss and loss.losses['slant'].loss.weight.is_meta
+
+@pytest.mark.parametrize('name', ['hair loss', 'error', 'glossy'])
+def test_a_name_that_turns_fastais_trackers_round_is_told(name):
+    with pytest.warns(UserWarning, match=re.escape(f"{name}: fastai's trackers minimise {name}_accuracy")) as told: sliced_metrics(accuracy, {name: 2})
+    assert told[0].filename == __file__
+    with warnings.catch_warnings(action='error'): assert sliced_metrics(error_rate, {name: 2})[0].name == f'{name}_error_rate'
+
+def test_numpy_numbers_are_numbers():
+    loss = combined_loss(a=(ce, np.int64(3), np.float32(.5)), b=(ce, np.int16(2), np.int64(2)))
+    assert loss.n_out == 5 and [m.n_out for m in sliced_metrics(error_rate, a=np.int64(3), b=np.int32(2))] == [5, 5]
+    assert loss(torch.zeros(2, 5), torch.tensor([0, 1]), torch.tensor([0, 1])).item() == pytest.approx(.5*np.log(3) + 2*np.log(2))
+
+@pytest.mark.parametrize('reduction', ['mean', 'none'])
+def test_an_error_of_torchs_names_the_target(reduction):
+    loss = combined_loss(a=(ce, 3), b=(ce, 4))
+    with pytest.raises(IndexError) as e: loss(torch.zeros(2, 7), torch.tensor([0, 1]), torch.tensor([0, 5]), reduction=reduction)
+    assert e.value.__notes__ == ['in the loss of b: output (2, 4), labels (2,) of torch.int64']
+
+MORE_REFUSED = {
+    'TypeError: a: expected a loss function, found the class CrossEntropyLoss: write CrossEntropyLoss()': lambda: combined_loss(a=(partial(nn.CrossEntropyLoss, label_smoothing=.1), 3)),
+    "ValueError: the targets ['a'] need an output [bs, 3], the model gives tuple: set n_out=3": lambda: combined_loss(a=(ce, 3))((torch.zeros(2, 3),), torch.zeros(2).long()),
+    'TypeError: a: a sliced metric cannot read learn.loss, the sum over all targets: use `combined_loss(...).metrics()`': lambda: sliced_metrics(Perplexity(), a=3)}
+
+@pytest.mark.parametrize('text', MORE_REFUSED)
+def test_more_is_refused(text):
+    with pytest.raises((TypeError, ValueError)) as e: MORE_REFUSED[text]()
+    assert f'{e.type.__name__}: {e.value}'.startswith(text)
