@@ -127,3 +127,9 @@ def train(
     try: rows = fine_tune_kept(learn, s['epochs'], s['lr'], out, resume)
     except KeyboardInterrupt: _stop(f'\nStopped. Finished epochs are kept: go on with paddy-multi train --resume --out {out}', 130)
     _write_results(learn, rows, out, [note, f'{s["arch"]}, {s["epochs"]} epochs, {s["size"]} pixels, seed {s["seed"]}.'])
+
+# %% ../nbs/paddy_multi/90_cli.ipynb #cacc1
+from .cli_accum import accum_command
+
+# %% ../nbs/paddy_multi/90_cli.ipynb #cacc2
+app.command('accum')(accum_command)

@@ -119,7 +119,7 @@ class MultiTargetLoss:
         return self._each(lambda t: t.activation, preds)
     def decodes(self,
         acts:Tensor, # `[n, n_out]` as `activation` gives it
-    )->'TensorTargets': # `[n, n_cols]`
+    )->Tensor: # `TensorTargets` `[n, n_cols]`
         "The encoded labels that `acts` stand for"
         from paddy_multi.targets import TensorTargets
         return TensorTargets(self._each(lambda t: t.to_rows, acts))

@@ -96,7 +96,7 @@ class TargetTable:
         "The labels that `encode` wrote to `row`"
         return TargetRow({t.name: t.decode(row[t.cols]) for t in self})
 
-    def loss(self, **kwargs)->'MultiTargetLoss':
+    def loss(self, **kwargs):
         "The loss over all targets"
         from paddy_multi.loss import MultiTargetLoss
         return MultiTargetLoss(self, **kwargs)
