@@ -96,11 +96,11 @@ def notebook(*cells):
 
 
 def test_what_a_page_shows(docs, tmp_path):
-    nbs = shutil.copytree(ROOT/'nbs', tmp_path/'nbs', ignore=shutil.ignore_patterns('tutorials'))
+    nbs = shutil.copytree(ROOT/'nbs', tmp_path/'nbs')
     def md(source): return dict(cell_type='markdown', source=source)
     def code(source, out): return dict(cell_type='code', execution_count=1, source=source, outputs=[dict(output_type='stream', name='stdout', text=out)])
     path = nbs/'tutorials/01_trial.ipynb'
-    path.parent.mkdir()
+    path.parent.mkdir(exist_ok=True)
     path.write_text(notebook(
         md('# A trial'), md('See [the folder](../paddy_multi/00_data.ipynb#the-folder), `combined_loss`, `CombinedLoss.n_none`, `CombinedLoss.__call__` and `nothing`.'),
         code('print("seen")', '10%\r50%\rfinished\n'), code('print("no more")', '10%\r100%\r'),
