@@ -102,7 +102,7 @@ def test_what_a_page_shows(docs, tmp_path):
     path = nbs/'tutorials/01_trial.ipynb'
     path.parent.mkdir(exist_ok=True)
     path.write_text(notebook(
-        md('# A trial'), md('See [the folder](../paddy_multi/00_data.ipynb#the-folder), `combined_loss`, `CombinedLoss.n_none`, `CombinedLoss.__call__` and `nothing`.'),
+        md('# A trial'), md('See [the folder](../paddy_multi/00_data.ipynb#the-folder), `combined_loss`, `CombinedLoss.n_none`, `CombinedLoss.forward` and `nothing`.'),
         code('print("seen")', '10%\r50%\rfinished\n'), code('print("no more")', '10%\r100%\r'),
         code('#| echo: false\nprint("only out")', 'alone'), code('#| output: false\nprint("only code")', 'unseen'),
         code('#| hide\nprint("secret")', 'unseen'), code('#| code-fold: true\nprint("folded")', 'from the fold')))
@@ -111,7 +111,7 @@ def test_what_a_page_shows(docs, tmp_path):
     links = {a.text: a['href'] for a in page.select('a.reference.internal')}
     assert links == {'the folder': '../paddy_multi/data.html#the-folder',
                      'combined_loss': '../paddy_multi/sliced.html#paddy-multi-sliced-combined-loss',
-                     'CombinedLoss.__call__': '../paddy_multi/sliced.html#paddy-multi-sliced-combinedloss'}
+                     'CombinedLoss.forward': '../paddy_multi/sliced.html#paddy-multi-sliced-combinedloss'}
     assert [o.text.strip() for o in page.select('.cell_output')] == ['finished', 'alone', 'from the fold']
     assert [o.text.strip() for o in page.select('.cell_input')] == [f'print("{o}")' for o in ('seen', 'no more', 'only code', 'folded')]
     assert 'print("folded")' in page.select_one('details').text
