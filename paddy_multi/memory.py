@@ -43,7 +43,7 @@ class CountTensors(TorchDispatchMode):
     "Live bytes of the tensors that are made inside; `line` has them after every one, `peak` is the most"
     def __init__(self):
         super().__init__()
-        self.live,self.peak,self.line,self._refs = 0,0,[],{}
+        self.live,self.peak,self.line,self.in_update,self._refs = 0,0,[],False,{}
 
     def add(self, tensors):
         "Count `tensors`, those that share their memory once"
@@ -62,7 +62,7 @@ class CountTensors(TorchDispatchMode):
         self.live -= n
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_floating_point() and type(args[0]).__name__ == 'FakeTensor': return 1.  # an optimizer asks for its step
+        if self.in_update and func is torch.ops.aten._local_scalar_dense.default: return 1.  # an optimizer asks which step it is, and a fake tensor does not know
         out = func(*args, **(kwargs or {}))
         self.add(out)
         return out
@@ -129,12 +129,13 @@ class _Step:
         "Step twice: what the optimizer keeps, then what it needs on top"
         count = self.count
         self._set_gradients(True)
-        self.gradients,before = count.live-self.parameters,count.live
+        count.in_update,self.gradients,before = True,count.live-self.parameters,count.live
         opt.step()
         self.state,count.peak = count.live-before,count.live
         opt.step()
         self.update = count.peak-count.live
         opt.zero_grad()
+        count.in_update = False
         self.keeps_gradients = any(p.grad is not None for p in self.params)
 
     def run(self,
@@ -226,13 +227,13 @@ def step_memory(
     try:
         step = _Step(learn, item, device, trainable)
         runs = [(step.run(m), step.activations, step.outputs) for m in sizes]
-        kept = [o[0] for o in runs]
-        first = kept if step.keeps_gradients else [step.run(m, kept=False) for m in sizes]
+        lines = _lines(sizes, *(o[0] for o in runs))
+        first = lines if step.keeps_gradients else _lines(sizes, *(step.run(m, kept=False) for m in sizes))
     except Exception as e:
         raise RuntimeError(f'{type(learn.model).__name__} cannot be run without real tensors ({type(e).__name__}: {str(e).partition(chr(10))[0]}): '
                            'measure it instead, with benchmark_accumulation(make_learner)') from e
-    return StepMemory(n, step.parameters, step.gradients, step.state, step.update, sum(map(_item_bytes, item)), runs[0][2]/sizes[0], _lines(sizes, *kept),
-                      _lines(sizes, *first), _lines(sizes, *(o[1] for o in runs)), step.keeps_gradients)
+    return StepMemory(n, step.parameters, step.gradients, step.state, step.update, sum(map(_item_bytes, item)), runs[0][2]/sizes[0], lines, first,
+                      _lines(sizes, *(o[1] for o in runs)), step.keeps_gradients)
 
 def _lines(sizes, low, high):
     "Constants and slopes of the lines through `low` and `high`"
