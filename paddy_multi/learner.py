@@ -30,6 +30,7 @@ def replace_head_norm(
 )->nn.Module: # `head`
     "Put another normalisation in place of every BatchNorm of `head`; `ValueError` for a name that is none of these"
     if isinstance(norm, str) and norm not in _norms: raise ValueError(f'expected head_norm of {list(_norms)} or a function of a width, found {norm!r}')
+    if norm == 'batch': return head
     make = _norms[norm] if isinstance(norm, str) else norm
     for name, layer in list(head.named_children()):
         if isinstance(layer, nn.BatchNorm1d): setattr(head, name, make(layer.num_features) if make else nn.Identity())

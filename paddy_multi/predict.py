@@ -84,7 +84,6 @@ def _table(learn):
     "The fitted targets of a learner"
     table = getattr(learn.dls, 'targets', None)
     if table is None: raise TypeError('the learner has no declared targets: build its data with Targets(...).block and Targets(...).get_y')
-    if twice := {f'{t.name}_prob' for t in table} & {*table.names}: raise ValueError(f'two columns would be named {_some(twice)}: rename that target')
     return table
 
 def _as_items(files):
