@@ -16,22 +16,25 @@ from .sliced import _plain
 # %% ../nbs/paddy_multi/04_loss.ipynb #c007
 class _Group:
     "Targets of one kind and width, computed in one call"
-    def __init__(self, targets, index):
+    def __init__(self, targets, index=()):
         self.target,self.index,self.n = targets[0],index,len(targets)
         self.out,self.cols = (_columns([getattr(t, name) for t in targets]) for name in ('out', 'cols'))
 
-    def item_losses(self,
+    def rows(self,
         preds:Tensor, # Model output `[bs, n_out]`
         targs:Tensor, # Encoded targets `[bs, n_cols]`
-    )->tuple: # Losses and counts, both `[bs, n]` and 0 where a label is missing
-        "Loss and count of every item and target of the group"
+    )->tuple: # Output `[bs*n, width]` and labels `[bs*n, n_cols]`, 0 where a label is missing, and which are there `[bs*n]`
+        "A row for every item and target of the group"
         rows = len(preds)*self.n
         p,y = preds[:,self.out].reshape(rows, -1),targs[:,self.cols].reshape(rows, -1)
         valid = self.target.valid(y)
-        # Both sides are masked: behind a single one, 0 times the gradient of an infinite output would be NaN
-        p,y = p.where(valid[:,None], 0.),y.nan_to_num(0.)
-        losses,counts = self.target.losses(p, y),self.target.counts(y)
-        return tuple(torch.where(valid, o, 0.).view(len(preds), self.n) for o in (losses, counts))
+        return p.where(valid[:,None], 0.), y.nan_to_num(0.), valid
+
+    def item_losses(self, preds:Tensor, targs:Tensor)->tuple:
+        "Losses and counts of every item and target of the group, both `[bs, n]` and 0 where a label is missing"
+        p,y,valid = self.rows(preds, targs)
+        # Masked again: behind `rows` alone a missing label would have a loss, behind this alone 0 times an infinite gradient would be NaN
+        return tuple(torch.where(valid, o, 0.).view(len(preds), self.n) for o in (self.target.losses(p, y), self.target.counts(y)))
 
 def _columns(slices):
     "One slice where `slices` follow each other, else all their columns"
