@@ -6,6 +6,7 @@
 __all__ = ['app', 'main', 'Part', 'movielens', 'Loss', 'train', 'recommend']
 
 # %% ../nbs/collab_deep/90_cli.ipynb #c003
+import warnings
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -30,6 +31,7 @@ def main(
     version:Annotated[bool, typer.Option('--version', callback=_print_version, is_eager=True, help='Print the version and stop.')]=False,
 ):
     "Collaborative filtering from scratch: learn from ratings what to recommend."
+    warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated')  # said by packages below, to nobody who could act on it
 
 # %% ../nbs/collab_deep/90_cli.ipynb #c008
 class Part(str, Enum):

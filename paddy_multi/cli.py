@@ -7,6 +7,7 @@ __all__ = ['app', 'main', 'train']
 
 # %% ../nbs/paddy_multi/90_cli.ipynb #c003
 import json
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,7 @@ def main(
     version:Annotated[bool, typer.Option('--version', callback=_print_version, is_eager=True, help='Print the version and stop.')]=False,
 ):
     "Several label columns in one fastai model."
+    warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated')  # said by packages below, to nobody who could act on it
 
 def _stop(message:str, code:int=1):
     typer.echo(message, err=True)
@@ -63,7 +65,7 @@ def _learner(s, folder):
     from paddy_multi import weights  # registers its architecture with timm
     set_seed(s['seed'])
     # Digits are not mirrored: a 2 would stop being one, and its slant would change sides
-    aug = [] if s['data'] == 'digits' else aug_transforms(size=s['size'], min_scale=.75)
+    aug = [] if s['data'] == 'digits' else aug_transforms()
     dls = folder_dls(folder, s['targets'], seed=s['seed'], bs=s['bs'], num_workers=0, item_tfms=Resize(s['size'], method='squish'), batch_tfms=aug)
     return multi_target_learner(dls, s['arch'], pretrained=s['pretrained'])
 
