@@ -259,6 +259,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'collab_deep/loaders.py'),
                                      'collab_deep.loaders.RatingsVocab.encode': ( 'collab_deep/loaders.html#ratingsvocab.encode',
                                                                                   'collab_deep/loaders.py'),
+                                     'collab_deep.loaders.RatingsVocab.encode_rows': ( 'collab_deep/loaders.html#ratingsvocab.encode_rows',
+                                                                                       'collab_deep/loaders.py'),
                                      'collab_deep.loaders.RatingsVocab.n_items': ( 'collab_deep/loaders.html#ratingsvocab.n_items',
                                                                                    'collab_deep/loaders.py'),
                                      'collab_deep.loaders.RatingsVocab.n_users': ( 'collab_deep/loaders.html#ratingsvocab.n_users',

@@ -59,19 +59,22 @@ def _check_numbers(ratings):
                                    f'as with ratings[np.isfinite(ratings.{ratings.name})]')
 
 # %% ../nbs/collab_deep/02_loaders.ipynb #c013
+_PIECE = 2**18  # rows that are encoded together
+
 class RatingsVocab:
     "What the training rows say: the ids, and the mean and range of the ratings"
     def __init__(self,
-        train:pd.DataFrame,  # Training rows
+        df:pd.DataFrame,     # Ratings
         user:str,            # Column of users
         item:str,            # Column of items
         rating:str|None,     # Column of ratings, `None` for interactions
+        rows=slice(None),    # Numbers of the training rows, all if not given
     ):
         self.user, self.item, self.rating = user, item, rating
-        self.classes = {name: CategoryMap(_sorted_ids(train[name]), sort=False, add_na=True) for name in (user, item)}
+        self.classes = {name: CategoryMap(_sorted_ids(df[name].iloc[rows]), sort=False, add_na=True) for name in (user, item)}
         for name, found in self.classes.items():
             if len(found) < 3: raise ValueError(f'to compare takes at least 2 different values of {name} in the training rows, found only {found[1]!r}')
-        values = train[rating].to_numpy(np.float32) if rating else np.ones(1, np.float32)
+        values = df[rating].iloc[rows].to_numpy(np.float32) if rating else np.ones(1, np.float32)
         self.mean, self.y_min, self.y_max = (float(o) for o in (values.mean(dtype=np.float64), values.min(), values.max()))
 
     @property
@@ -86,10 +89,19 @@ class RatingsVocab:
         "Ids to row numbers"
         return torch.stack([self._codes(self.user, users), self._codes(self.item, items)], 1).long()
 
-    def _codes(self, name, ids):
-        "Row numbers in half the space of long ones"
-        index = self._indexes[name]
-        return torch.from_numpy((index.get_indexer(pd.Index(ids)) + 1).astype(np.int32))
+    def encode_rows(self,
+        df:pd.DataFrame,  # Ratings
+        rows,             # Numbers of the rows to encode
+    )->tuple:             # Row numbers of user and item, int32 [n, 2], and ratings, float [n], 1 for interactions
+        "Rows of a frame as tensors, a piece at a time: no column is copied whole"
+        x, y = torch.empty(len(rows), 2, dtype=torch.int32), torch.ones(len(rows))
+        for start in range(0, len(rows), _PIECE):
+            part = slice(start, start+_PIECE)
+            for j, name in enumerate((self.user, self.item)): x[part,j] = self._codes(name, df[name].iloc[rows[part]])
+            if self.rating: y[part] = torch.from_numpy(df[self.rating].iloc[rows[part]].to_numpy(np.float32, copy=True))
+        return x, y
+
+    def _codes(self, name, ids): return torch.from_numpy(self._indexes[name].get_indexer(pd.Index(ids)) + 1)  # -1 says that there is none
 
     @cached_property
     def _indexes(self): return {name: pd.Index(list(found[1:])) for name, found in self.classes.items()}
@@ -174,10 +186,8 @@ class RatingsDataLoaders(DataLoaders):
         user, item, rating = _columns(ratings, user_name, item_name, rating_name, implicit)
         _check_ratings(ratings, user, item, rating, duplicates)
         parts = split_rows(ratings, splits, valid_pct, seed)
-        vocab = RatingsVocab(ratings.iloc[parts[0]], user, item, rating)
-        x = torch.stack([vocab._codes(name, ratings[name]) for name in (user, item)], 1)
-        y = torch.from_numpy(ratings[rating].to_numpy(np.float32, copy=True)) if rating else torch.ones(len(x))
-        train, valid = (RatingsDataset(x[idx], y[idx], vocab) for idx in map(torch.from_numpy, parts))
+        vocab = RatingsVocab(ratings, user, item, rating, parts[0])
+        train, valid = (RatingsDataset(*vocab.encode_rows(ratings, rows), vocab) for rows in parts)
         return cls(RatingsDL(train, bs=bs, shuffle=True), RatingsDL(valid, bs=val_bs), path=path, device=device or default_device())
 
     @classmethod

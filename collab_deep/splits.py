@@ -15,7 +15,7 @@ def _random_split(n, valid_pct, seed):
     "What fastai's `RandomSplitter` gives, without touching the global seed and without a list of Python numbers"
     if not 0 <= valid_pct < 1: raise ValueError(f'valid_pct is the share of rows to validate on, at least 0 and below 1; found {valid_pct!r}')
     gen = None if seed is None else torch.Generator().manual_seed(seed)
-    order, cut = torch.randperm(n, generator=gen).numpy(), int(valid_pct*n)
+    order, cut = torch.randperm(n, generator=gen, dtype=torch.int32 if n < 2**31 else torch.int64).numpy(), int(valid_pct*n)
     return order[cut:], order[:cut]
 
 # %% ../nbs/collab_deep/01_splits.ipynb #c010
