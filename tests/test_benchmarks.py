@@ -226,7 +226,7 @@ def test_a_failed_result_is_not_shown(result):
 def test_times_as_text(seconds, text): assert report.time_text(seconds) == text
 
 # --- what is committed ----------------------------------------------------------------------------------------------
-def test_every_script_has_its_result(): assert {o['name'] for o in report.results()} == set(run.scripts())
+def test_every_script_has_its_result(): assert {o['name'] for o in (*report.results(), *report.tables())} == set(run.scripts())
 
 @pytest.mark.parametrize('path', sorted(harness.RESULTS.glob('*.json')), ids=lambda p: p.stem)
 class TestCommitted:

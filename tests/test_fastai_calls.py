@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from fastai.vision.all import (Callback, CategoryBlock, ClassificationInterpretation, ColReader, CutMix, DataBlock, EarlyStoppingCallback, F1Score,
                                ImageBlock, IndexSplitter, Interpretation, Learner, MixUp, PILImageBW, RandomSplitter, ReduceLROnPlateau,
-                               RegressionBlock, Resize, RocAuc, SaveModelCallback, accuracy, noop, resnet18, set_seed, vision_learner)
+                               RegressionBlock, Resize, RocAuc, SaveModelCallback, TransformBlock, accuracy, noop, resnet18, set_seed, vision_learner)
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
@@ -371,6 +371,20 @@ class TwoInputs(nn.Module):
         super().__init__()
         self.body,self.head = tiny(8),nn.Linear(16, n_out)
     def forward(self, a, b): return self.head(torch.cat([self.body(a), self.body(b)], 1))
+
+def test_a_table_without_pictures_keeps_every_vocabulary_and_number_apart():
+    "Where TabularPandas gives two categories the vocabulary of the first, and turns a number beside them into -1"
+    df = pd.DataFrame(dict(a=np.arange(24.), b=np.arange(24.)%7, colour=['red','green','blue']*8, shape=['cube','ball','cone','rod']*6, mass=np.arange(24.)*3))
+    targets = Targets.from_df(df, ['colour', 'shape', 'mass'])
+    rows = DataBlock(blocks=(TransformBlock, targets.block), get_x=lambda row: torch.tensor([row.a, row.b], dtype=torch.float32), get_y=targets.get_y, splitter=IndexSplitter(range(18, 24)))
+    dls = rows.dataloaders([row for _, row in df.iterrows()], bs=6, num_workers=0)
+    assert dls.targets.vocabs == dict(colour=['blue','green','red'], shape=['ball','cone','cube','rod'], mass=None)
+    assert dls.targets['mass'].mean == pytest.approx(25.5)                    # of 0, 3, ..., 51
+    learn = Learner(dls, nn.Linear(2, dls.c), metrics=dls.targets.metrics())
+    fit(learn, 1)
+    assert dict(learn.dls.targets.decode(dls.valid_ds[1][1])) == dict(colour='green', shape='rod', mass=pytest.approx(57, rel=1e-5))
+    assert set(learn.predict(df.iloc[3])[0]) == {'colour', 'shape', 'mass'}
+
 
 def test_two_inputs(path, labels):
     targets = declare(labels)

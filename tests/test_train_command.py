@@ -1,0 +1,101 @@
+"`paddy-multi train` as a user runs it: real processes, Ctrl-C, files that others read"
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from paddy_multi.paddy import sample_paddy
+
+COMMAND = Path(sys.executable).with_name('paddy-multi')
+SMALL = ['--arch', 'test_resnet', '--no-pretrained', '--size', '32']          # timm's smallest, made for tests
+
+
+def train(*args, **kwargs): return subprocess.run([COMMAND, 'train', *map(str, args)], capture_output=True, text=True, **kwargs)
+
+def rows_of(out): return json.loads((out/'checkpoint.json').read_text())['rows']
+
+
+@pytest.fixture(scope='module')
+def kaggle(tmp_path_factory):
+    "Synthetic pictures in the layout of the competition, with an age and a variety missing here and there"
+    return sample_paddy(tmp_path_factory.mktemp('kaggle'), n=60, missing=.2)
+
+@pytest.fixture(scope='module')
+def stopped(kaggle, tmp_path_factory):
+    "A run of twelve epochs that got Ctrl-C after its first: its folder, exit code and what it printed"
+    out = tmp_path_factory.mktemp('stopped')/'run'
+    process = subprocess.Popen([COMMAND, 'train', '--out', out, '--data', kaggle, *SMALL, '--epochs', '12'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    end = time.monotonic() + 120
+    while not (out/'checkpoint.json').exists():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+        time.sleep(.02)
+    process.send_signal(signal.SIGINT)
+    printed = process.communicate(timeout=60)[0]
+    return out, process.returncode, printed
+
+
+# --- Ctrl-C and --resume ----------------------------------------------------------------------------------------------
+def test_ctrl_c_keeps_the_finished_epochs_and_says_how_to_go_on(stopped):
+    out, code, printed = stopped
+    assert code == 130 and f'go on with paddy-multi train --resume --out {out}' in printed and 'Traceback' not in printed
+    assert 1 <= len(rows_of(out)) < 12
+    assert not (out/'model.pkl').exists() and not [*out.glob('*.part*')]
+
+def test_resume_finishes_what_was_begun(stopped):
+    out, _, _ = stopped
+    before = rows_of(out)
+    done = train('--resume', '--out', out)
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(out)
+    assert rows[:len(before)] == before and [o['epoch'] for o in rows] == [*range(12)]
+    assert rows[-1]['train_loss'] < rows[0]['train_loss']
+    assert {'report.html', 'predictions.csv', 'model.pkl'} <= {o.name for o in out.iterdir()}
+
+def test_a_folder_with_results_is_refused_and_left_alone(stopped, kaggle):
+    out, _, _ = stopped
+    before = {o: o.stat().st_mtime_ns for o in out.rglob('*')}
+    done = train('--out', out, '--data', kaggle, *SMALL)
+    assert done.returncode == 2 and 'add --overwrite, or --resume to go on with a run' in ' '.join(done.stderr.split())
+    assert {o: o.stat().st_mtime_ns for o in out.rglob('*')} == before
+
+
+# --- a folder of the user's own ----------------------------------------------------------------------------------------
+@pytest.fixture(scope='module')
+def results(kaggle, tmp_path_factory):
+    out = tmp_path_factory.mktemp('results')/'run'
+    done = train('--data', kaggle, '--out', out, *SMALL, '--epochs', '1', '--bs', '16')
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+def test_predictions_name_files_and_speak_in_units(results, kaggle):
+    out, printed = results
+    table, labels = pd.read_csv(out/'predictions.csv', index_col='file'), pd.read_csv(kaggle/'train.csv').set_index('image_id')
+    assert list(table.columns) == ['label_label', 'variety_label', 'age_label', 'label', 'label_prob', 'variety', 'variety_prob', 'age', 'error'] and len(table) == 12
+    mine = labels.loc[table.index]
+    for name in ('label', 'variety', 'age'): assert (table[f'{name}_label'].isna() == mine[name].isna()).all()
+    assert (table.label_label == mine.label).all() and set(table.label) <= set(labels.label) and table.error.isna().all()
+    known = table.age_label.notna()
+    assert table.age_label[known].to_numpy() == pytest.approx(mine.age[known].to_numpy(dtype=float), abs=1e-3)
+    said = float(re.search(r'age_mean_absolute_error ([\d.]+) \(always', printed)[1])
+    assert (table.age-table.age_label).abs().mean() == pytest.approx(said, rel=.01)
+
+def test_the_model_predicts_in_a_process_that_only_has_fastai(results, kaggle):
+    out, _ = results
+    table = pd.read_csv(out/'predictions.csv', index_col='file')
+    file = next(kaggle.rglob(table.index[0]))
+    code = f'from fastai.vision.all import *\nlearn = load_learner({str(out/"model.pkl")!r})\nprint(json.dumps(learn.predict({str(file)!r})[0]))'
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', 'import json\n' + code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert (said['label'], said['variety']) == (table.label.iloc[0], table.variety.iloc[0]) and said['age'] == pytest.approx(table.age.iloc[0], rel=1e-3)
+
+def test_the_report_needs_no_other_file(results):
+    text = (results[0]/'report.html').read_text()
+    assert not re.search(r'(?:src|href)="(?!data:|#)', text) and '<script src' not in text
+    for part in ('label', 'variety', 'age', 'data:image/png;base64,'): assert part in text
