@@ -39,6 +39,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'paddy_multi/accum_benchmark.py'),
                                              'paddy_multi.accum_benchmark._end': ( 'paddy_multi/accum_benchmark.html#_end',
                                                                                    'paddy_multi/accum_benchmark.py'),
+                                             'paddy_multi.accum_benchmark._ending': ( 'paddy_multi/accum_benchmark.html#_ending',
+                                                                                      'paddy_multi/accum_benchmark.py'),
                                              'paddy_multi.accum_benchmark._fit': ( 'paddy_multi/accum_benchmark.html#_fit',
                                                                                    'paddy_multi/accum_benchmark.py'),
                                              'paddy_multi.accum_benchmark._in_process': ( 'paddy_multi/accum_benchmark.html#_in_process',

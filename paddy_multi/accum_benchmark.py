@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -149,27 +149,30 @@ def _child():
     sys.path[:] = job['path']
     if hasattr(signal, 'alarm'): signal.alarm(math.ceil(job['limit'])+5)  # also if the parent is gone
     torch.set_num_threads(job['threads'])
-    run,kwargs = pickle.loads(job['call'])
-    try: res = dict(status='ok', result=run(**kwargs))
-    except Exception as e:
-        if not _is_oom(e): raise
-        res = dict(status='out of memory')
+    try:
+        run,kwargs = pickle.loads(job['call'])
+        res = dict(status='ok', result=run(**kwargs))
+    except BaseException as e: res = dict(status='out of memory' if _is_oom(e) else 'failed: '+f'{type(e).__name__}: {e}'.partition('\n')[0])
     Path(job['out']).write_text(json.dumps(res, default=float))
 
 def _in_process(run, limit, **kwargs):
     "Result and status of `run(**kwargs)` in a fresh process that has `limit` seconds"
     with tempfile.TemporaryDirectory() as folder:
-        out,log = Path(folder)/'out.json',Path(folder)/'log'
+        out = Path(folder)/'out.json'
         job = pickle.dumps(dict(path=sys.path, call=cloudpickle.dumps((run, kwargs)), out=str(out), limit=limit, threads=torch.get_num_threads()))
-        with log.open('wb') as f:
-            process = subprocess.Popen([sys.executable, '-c', 'from paddy_multi.accum_benchmark import _child; _child()'], stdin=subprocess.PIPE, stdout=f, stderr=f, start_new_session=True,
-                                       env={**os.environ, 'PYTHONPATH': os.pathsep.join(o for o in sys.path if o)})
-            try: process.communicate(job, timeout=limit)
-            except subprocess.TimeoutExpired: return None, f'over {limit:g} s'
-            finally: _end(process)
+        process = subprocess.Popen([sys.executable, '-c', 'from paddy_multi.accum_benchmark import _child; _child()'], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL, start_new_session=True, env={**os.environ, 'PYTHONPATH': os.pathsep.join(o for o in sys.path if o)})
+        try: process.communicate(job, timeout=limit)
+        except subprocess.TimeoutExpired: return None, f'over {limit:g} s'
+        finally: _end(process)
         if out.exists(): return (res := json.loads(out.read_text())).get('result'), res['status']
-        lines = log.read_text(errors='replace').strip().splitlines()
-        return None, 'out of memory' if process.returncode == -getattr(signal, 'SIGKILL', 9) else f'failed: {lines[-1] if lines else process.returncode}'
+        return None, _ending(process.returncode)
+
+def _ending(code):
+    "How a process ended that left no result"
+    if code >= 0: return f'failed: the process ended with exit status {code}'
+    name = signal.Signals(-code).name
+    return 'killed, probably out of memory' if name == 'SIGKILL' else f'failed: the process was ended by {name}'
 
 def _end(process):
     "End `process` and all that it started"
@@ -254,10 +257,11 @@ def benchmark_accumulation(
 
 def _check_settings(make_learner, accums, updates, warmup, limit):
     if isinstance(make_learner, Learner) or not callable(make_learner): raise TypeError(f'make_learner is a function that gives a Learner, found {type(make_learner).__name__}: a fresh process cannot use one that is made')
+    if not isinstance(accums, Sequence) or isinstance(accums, str): raise TypeError(f'accums is a list of numbers of chunks, found {accums!r}')
     if not len(accums): raise ValueError('expected at least one number of chunks in accums, found none')
     for name,o,least in [*(('accums', o, 1) for o in accums), ('updates', updates, 1), ('warmup', warmup, 0)]:
         if isinstance(o, bool) or not isinstance(o, int) or o < least: raise ValueError(f'{name}: expected an int of {least} or more, found {o!r}')
-    if not limit > 0: raise ValueError(f'limit: expected seconds above 0, found {limit!r}')
+    if not isinstance(limit, (int, float)) or not limit > 0: raise ValueError(f'limit: expected seconds above 0, found {limit!r}')
 
 def _line(row):
     if row['status'] != 'ok': return f'accum {row["accum"]}: {row["status"]}'
