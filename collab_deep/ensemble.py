@@ -53,6 +53,9 @@ class Ensemble(CollabModel):
     def fill_unknown(self):
         for m in self.members: m.fill_unknown()
 
+    @property
+    def cold(self): return self.members[0].cold if all(m.cold == self.members[0].cold for m in self.members) else CollabModel.cold
+
     def _all(self, name):
         "An attribute of all members, `None` if one has none"
         res = [getattr(m, name) for m in self.members]

@@ -76,11 +76,14 @@ class FactorModel(CollabModel):
         n_seen:int=0,             # Length of all users' lists together; 0 leaves the sums over lists out
         n_user_features:int=0,    # Columns of user features
         n_item_features:int=0,    # Columns of item features
+        cold_users=(),            # Ids of users with features and without ratings
+        cold_items=(),            # Ids of items with features and without ratings
         std:float=None,           # Standard deviation of the random start; 0.1/sqrt(n_factors) if not given
     ):
         std = .1/math.sqrt(n_factors) if std is None else std
         super().__init__(n_users, n_items, y_range, n_factors=n_factors, mean=mean, n_seen=n_seen, n_user_features=n_user_features,
-                         n_item_features=n_item_features, std=std)
+                         n_item_features=n_item_features, cold_users=list(cold_users), cold_items=list(cold_items), std=std)
+        self.cold = self.settings['cold_users'], self.settings['cold_items']
         self.users, self.items = Embedding(n_users, n_factors, std), Embedding(n_items, n_factors, std)
         self.users_bias, self.items_bias = Embedding(n_users, 1, 0), Embedding(n_items, 1, 0)
         self.mean = nn.Parameter(torch.tensor(_before_range(mean, self.y_range)))
@@ -89,8 +92,9 @@ class FactorModel(CollabModel):
             for name, n, of in (('seen', n_users, n_seen), ('seers', n_items, n_seen)):
                 self.register_buffer(f'{name}_ptr', torch.zeros(n+1, dtype=torch.long))
                 self.register_buffer(name, torch.zeros(of, dtype=torch.long))
-        for name, n, width in (('user', n_users, n_user_features), ('item', n_items, n_item_features)):
+        for name, n, width, cold in (('user', n_users, n_user_features, cold_users), ('item', n_items, n_item_features, cold_items)):
             if width: self.register_buffer(f'{name}_features', torch.zeros(n, width))
+            if width: self.register_buffer(f'cold_{name}_features', torch.zeros(len(cold), width))
             if width: self.register_parameter(f'{name}_weight', nn.Parameter(torch.randn(width, n_factors+1)*std))
 
     def user_table(self):
@@ -111,8 +115,14 @@ class FactorModel(CollabModel):
         x:Tensor,  # Pairs of row numbers, [bs, 2]
     )->Tensor:     # [bs]
         users, items = _pairs(x)
-        u, v = F.embedding(users, self.user_table()), F.embedding(items, self.item_table())
+        u, v = F.embedding(users, self._with_cold('user', self.user_table())), F.embedding(items, self._with_cold('item', self.item_table()))
         return into_range((u[:,:-1]*v[:,:-1]).sum(1) + u[:,-1] + v[:,-1] + self.mean, self.y_range)
+
+    def _with_cold(self, name, table):
+        "`table`, and below it the average row moved by what the features of each cold id add to the average ones"
+        if self.training or not self.settings[f'cold_{name}s']: return table
+        features, weight = getattr(self, f'{name}_features'), getattr(self, f'{name}_weight')
+        return torch.cat([table, table[:1] + (getattr(self, f'cold_{name}_features') - features[1:].mean(0)) @ weight])
 
     def user_rows(self, users): return F.embedding(users, self.user_table())
     def scores_of(self, rows):
@@ -163,16 +173,20 @@ def factor_model(
     n_factors:int=50,                  # Numbers learned for each user and item, beside the bias
     y_range=None,                      # Lowest and highest rating that can be predicted
     implicit:bool=True,                # Sum over lists of training rows
-    user_features:pd.DataFrame=None,   # Features of users, ids as the index
-    item_features:pd.DataFrame=None,   # Features of items, ids as the index
+    user_features:pd.DataFrame=None,   # Features of users, ids as the index; those without a rating can be predicted, too
+    item_features:pd.DataFrame=None,   # Features of items, in the same way
 )->FactorModel:
     "Make a `FactorModel` for the users, items and training rows of `dls`"
-    tables = {'user': user_features, 'item': item_features}
-    coded = {k: encode_features(df, dls.classes[getattr(dls, k)]) for k, df in tables.items() if df is not None}
+    settings, buffers = {}, {}
+    for k, df in (('user', user_features), ('item', item_features)):
+        if df is None: continue
+        ids = list(dls.classes[getattr(dls, k)])
+        cold = df.index[~df.index.isin(ids)].tolist()
+        coded = encode_features(df, [*ids, *cold])
+        settings |= {f'n_{k}_features': coded.shape[1], f'cold_{k}s': cold}
+        buffers |= {f'{k}_features': coded[:len(ids)], f'cold_{k}_features': coded[len(ids):]}
     ptr, ids = dls.seen
-    widths = {f'n_{k}_features': o.shape[1] for k, o in coded.items()}
-    model = FactorModel(dls.n_users, dls.n_items, n_factors, y_range, dls.mean, n_seen=len(ids) if implicit else 0, **widths)
-    buffers = {f'{k}_features': o for k, o in coded.items()}
+    model = FactorModel(dls.n_users, dls.n_items, n_factors, y_range, dls.mean, n_seen=len(ids) if implicit else 0, **settings)
     if implicit: buffers |= dict(zip(('seen_ptr', 'seen', 'seers_ptr', 'seers'), (ptr, ids, *_transposed(ptr, ids, dls.n_items))))
     for name, value in buffers.items(): getattr(model, name).copy_(value)
     return model

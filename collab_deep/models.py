@@ -46,6 +46,7 @@ class CollabModel(nn.Module):
         self.settings = dict(n_users=n_users, n_items=n_items, y_range=self.y_range, **settings)  # `type(self)(**settings)` builds it again
 
     user_factors = item_factors = user_bias = item_bias = None
+    cold = (), ()  # ids of users and of items that it can score without any rating, in rows after those of the tables
 
     def user_rows(self, users): raise NotImplementedError(f'{type(self).__name__} should say what it knows of users, [m] to [m, d]')
     def scores_of(self, rows): raise NotImplementedError(f'{type(self).__name__} should score all items for rows of users, [m, d] to [m, n_items]')

@@ -73,10 +73,12 @@ class Recommender:
     @cached_property
     def index(self): return {name: {o: i for i, o in enumerate(ids) if i} for name, ids in self.classes.items()}
 
+    @cached_property
+    def rows(self): return [self.index[name] | {o: len(ids)+i for i, o in enumerate(cold)} for (name, ids), cold in zip(self.classes.items(), self.model.cold)]
+
     def encode(self, users:Iterable, items:Iterable)->Tensor:
-        "Indices of pairs of ids, [n, 2], with 0 for ids that are not known"
-        columns = [[self.index[name].get(o, 0) for o in ids] for name, ids in zip(self.classes, (users, items))]
-        return torch.tensor(columns, dtype=torch.int64).T
+        "Rows of pairs of ids in the model, [n, 2]: those with ratings, then those with features alone; 0 for ids that are not known"
+        return torch.tensor([[rows.get(o, 0) for o in ids] for rows, ids in zip(self.rows, (users, items))], dtype=torch.int64).T
 
     def known(self, name:str, ids:list)->Tensor:
         "Indices of `ids` in the column `name`; KeyError for the first that training did not have"
@@ -226,7 +228,7 @@ def predict(
     users,       # A user's id, or a DataFrame with the columns of users and items
     items=None,  # An item's id; not with a DataFrame
 ): # A number for one pair; a Series with the index of the DataFrame
-    "What `learn` predicts for a user and an item, or for each row; an id that is not known counts as an average one"
+    "What `learn` predicts for a user and an item, or for each row; an id without ratings counts as an average one, moved by its features if the model has them"
     rec = as_recommender(learn)
     if isinstance(users, pd.DataFrame):
         if missing := [o for o in (rec.user, rec.item) if o not in users]: raise ValueError(f'expected columns {missing}, found {list(users.columns)}')

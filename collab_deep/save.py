@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import torch as safetensors
 
-from . import __version__, factor_model, models
+from . import __version__, ensemble
 from .models import CollabModel
 from .recommend import Recommender, as_recommender
 
@@ -107,7 +107,7 @@ def _read(folder):
 
 def _build(said, state, more):
     "The model that `said` describes, with the weights `state`"
-    known = {o.__name__: o for o in [*vars(models).values(), *vars(factor_model).values(), *more] if isinstance(o, type) and issubclass(o, CollabModel)}
+    known = {o.__name__: o for o in [*vars(ensemble).values(), *more] if isinstance(o, type) and issubclass(o, CollabModel)}
     if said['name'] not in known: raise ValueError(f"the model is a {said['name']}, which is none of {sorted(known)}: give its class, as in load(folder, models=[{said['name']}])")
     with torch.random.fork_rng(devices=[]): model = known[said['name']](**said['settings'])  # the random start is thrown away
     try: model.load_state_dict(state)
