@@ -1,0 +1,111 @@
+"""What `MicroBatch` costs beside a plain loop that runs the same chunks: around a model that does nothing, and in a real step.
+
+Labels and images are random numbers: only time is measured. Before timing, both sides must arrive at the same weights: those of the
+plain loop over chunks, and with `whole_head=True`, where the head has BatchNorm, those of a plain loop over whole batches.
+"""
+import warnings
+from functools import partial
+
+import timm
+import torch
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.optimizer import Adam
+from fastai.vision.learner import create_head
+from harness import Case, digits, main
+from torch import nn
+from torch.nn import functional as F
+
+from paddy_multi.microbatch import MicroBatch
+
+ARCH, SIZE, BS, CHUNKS, BATCHES = 'convnext_atto', 64, 64, 4, 8
+warnings.filterwarnings('ignore', '.*BatchNorm takes its statistics')  # what chunks do to the head's BatchNorm is known here
+warnings.filterwarnings('ignore', '.*torch.jit.script')
+
+# --- models and data ------------------------------------------------------------------------------------------------
+def nothing(): return nn.Linear(4, 10)
+def plain_head(arch): return timm.create_model(arch, num_classes=10)
+def batchnorm_head(arch):
+    body = timm.create_model(arch, num_classes=0, global_pool='')
+    return nn.Sequential(body, create_head(body.num_features, 10, ps=0.))
+
+def batch(bs, *shape): return torch.randn(bs, *shape), torch.randint(10, (bs,))
+def chunk_of(b): return len(b[0])//CHUNKS
+
+# --- both sides: an epoch of `n` batches ------------------------------------------------------------------------------
+def seeded(make):
+    torch.manual_seed(0)
+    return make()
+
+def by_hand(make, b, n, chunk, lr=1e-6):
+    "The plain loop over chunks of every batch, each weighed by its share, then one update; and its model"
+    model = seeded(make)
+    opt = Adam(model.parameters(), lr=lr)
+    def run():
+        model.train()
+        for x, y in [b]*n:
+            for xb, yb in zip(x.split(chunk), y.split(chunk)): (F.cross_entropy(model(xb), yb)*(len(xb)/len(x))).backward()
+            opt.step()
+            opt.zero_grad()
+    return run, model
+
+def in_learner(make, b, n, *cbs, lr=1e-6):
+    "fastai's loop over the same batches, and its model"
+    learn = Learner(DataLoaders([b]*n, []), seeded(make), loss_func=F.cross_entropy, opt_func=Adam, lr=lr, cbs=cbs)
+    learn.dls.n_inp = 1
+    def run():
+        with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    return run, learn.model
+
+def weights(model): return torch.cat([o.detach().flatten() for o in model.parameters()])
+
+def same(make, a, b, what):
+    "`ValueError` unless an update takes `a` and `b` from the same place to the same place"
+    start = weights(seeded(make))
+    for run, _ in (a, b): run()
+    moved, found = (weights(model)-start for _, model in (a, b))
+    if not (moved.norm() > 0 and (found-moved).norm() < .02*moved.norm()): raise ValueError(f'{what}: updates by hand and ours differ by {float((found-moved).norm()/moved.norm()):.2g}')
+
+# --- cases ----------------------------------------------------------------------------------------------------------
+def variants(make, b, n):
+    chunk = chunk_of(b)
+    same(make, by_hand(make, b, 1, chunk, lr=1e-3), in_learner(make, b, 1, MicroBatch(chunk), lr=1e-3), 'MicroBatch')
+    return {'plain loop over chunks': by_hand(make, b, n, chunk)[0], 'MicroBatch': in_learner(make, b, n, MicroBatch(chunk))[0]}
+
+def nothing_variants(bs):
+    "Beside them fastai's loop without the callback"
+    b = batch(bs, 4)
+    return {**variants(nothing, b, BATCHES), 'Learner, whole batches': in_learner(nothing, b, BATCHES)[0]}
+
+def step_variants(bs, size, arch): return variants(partial(plain_head, arch), batch(bs, 3, size, size), 1)
+
+def head_variants(bs, size, arch):
+    "Beside them the head on whole batches, which takes the body's forward twice"
+    make, b = partial(batchnorm_head, arch), batch(bs, 3, size, size)
+    def ours(**kwargs): return in_learner(make, b, 1, MicroBatch(chunk_of(b), whole_head=True), **kwargs)
+    same(make, by_hand(make, b, 1, bs, lr=1e-3), ours(lr=1e-3), 'whole_head')
+    return {**variants(make, b, 1), 'MicroBatch, whole_head=True': ours()[0]}
+
+def cases(quick):
+    bs, size, arch = (8, 32, 'test_convnext') if quick else (BS, SIZE, ARCH)
+    def case(name, make, *args, **kw): return Case(name, lambda: make(bs, *args), dict(bs=bs, chunk=bs//CHUNKS), **kw)
+    return [case(f'epoch of {BATCHES} batches, a linear model', nothing_variants),
+            case('training step', step_variants, size, arch, rounds=24),
+            case('training step, head with BatchNorm', head_variants, size, arch, rounds=24)]
+
+# --- what follows ---------------------------------------------------------------------------------------------------
+def findings(result):
+    "The share of a step that callback and learner take, measured apart and in the step; and what a whole head takes"
+    alone, step, head = (o['variants'] for o in result['cases'])
+    whole = step[0]['seconds']['median']*BATCHES
+    def share(o): return {k: digits(100*o['added'][k]/whole, 3) for k in ('median', 'low', 'high')}
+    def more(o): return {k: digits(100*(o['ratio'][k]-1), 3) for k in ('median', 'low', 'high')}
+    where = f'{ARCH}, {SIZE} px, batches of {BS} in {BS//CHUNKS}s, CPU'
+    return [dict(name='MicroBatch and its Learner: time added, % of a step (apart)', where=where, **share(alone[2]), control=share(alone[1])),
+            dict(name='a Learner without MicroBatch: time added, % of a step (apart)', where=where, **share(alone[3]), control=share(alone[1])),
+            dict(name='MicroBatch and its Learner: time added, % of a step (in it)', where=where, **more(step[2]), control=more(step[1])),
+            dict(name='whole_head=True: time added, % of a step', where=f'{where}, head with BatchNorm', **more(head[3]), control=more(head[1]))]
+
+if __name__ == '__main__':
+    main('microbatch', 'Whole batches in chunks', "How much time does MicroBatch add to the chunks' own forward and backward?", cases, findings=findings,
+         clock='processor')  # one thread that never waits
