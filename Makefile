@@ -3,6 +3,8 @@ PY ?= python3
 B := .venv/bin
 export PATH := $(CURDIR)/$(B):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Threads sleep while they wait: beside other work, spinning takes many times as long
+export OMP_WAIT_POLICY ?= PASSIVE
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
