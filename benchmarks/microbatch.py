@@ -3,6 +3,8 @@
 Labels and images are random numbers: only time is measured. Before timing, both sides must arrive at the same weights: those of the
 plain loop over chunks, and with `whole_head=True`, where the head has BatchNorm, those of a plain loop over whole batches.
 """
+import ctypes
+import platform
 import warnings
 from functools import partial
 
@@ -21,6 +23,13 @@ from paddy_multi.microbatch import MicroBatch
 ARCH, SIZE, BS, CHUNKS, BATCHES = 'convnext_atto', 64, 64, 4, 8
 warnings.filterwarnings('ignore', '.*BatchNorm takes its statistics')  # what chunks do to the head's BatchNorm is known here
 warnings.filterwarnings('ignore', '.*torch.jit.script')
+
+def keep_freed_memory():
+    "Have glibc keep what is freed: else the sides differ by how often they fetch it again, 20 or 40 thousand page faults a step"
+    if platform.libc_ver()[0] != 'glibc': return
+    mallopt, (trim_threshold, mmap_max) = ctypes.CDLL(None).mallopt, (-1, -4)
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31-1)
 
 # --- models and data ------------------------------------------------------------------------------------------------
 def nothing(): return nn.Linear(4, 10)
@@ -107,5 +116,6 @@ def findings(result):
             dict(name='whole_head=True: time added, % of a step', where=f'{where}, head with BatchNorm', **more(head[3]), control=more(head[1]))]
 
 if __name__ == '__main__':
+    keep_freed_memory()
     main('microbatch', 'Whole batches in chunks', "How much time does MicroBatch add to the chunks' own forward and backward?", cases, findings=findings,
          clock='processor')  # one thread that never waits
