@@ -42,11 +42,11 @@ demo: setup  ## train two targets on real digits, and a recommender on real rati
 
 test: setup  ## nbdev_test and pytest
 	nbdev_test --n-workers 2 --timing
-	pytest -q
+	pytest -q -n 2 --dist loadfile
 
 test-all: setup  ## the same, with what is marked slow
 	nbdev_test --n-workers 2 --timing --flags slow
-	pytest -q -m "not docs"
+	pytest -q -n 2 --dist loadfile -m "not docs"
 
 test-docs: .venv/.env .venv/.chromium  ## the committed site in a real browser, and against the notebooks
 	pytest -q -m docs

