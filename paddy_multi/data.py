@@ -27,11 +27,16 @@ def lean_of(
     return float(-np.degrees(np.arctan((ink*dx*dy).sum()/variance))) if variance else 0.
 
 # %% ../nbs/paddy_multi/00_data.ipynb #c010
+def _shows_other(file, pixels):
+    "Is there a picture at `file` that shows something else? One that was cut short while it was written does not count"
+    try: return file.exists() and not np.array_equal(np.array(Image.open(file)), pixels)
+    except (OSError, SyntaxError): return False
+
 def sample_digits(
     path:str|Path, # Folder to write to; made if it is missing
 )->Path: # `path`, holding `images/*.png` and `labels.csv` (image, digit, slant, lean, ink)
     """Write scikit-learn's 1,797 real handwritten digits with labels `digit`, `slant` (left, upright, right), `lean` (degrees) and
-    `ink` (share of the darkest possible) to `path`; a folder that already holds them is left as it is, one with other labels is refused"""
+    `ink` (share of the darkest possible) to `path`; a folder that already holds them is left as it is, one with other labels or pictures is refused"""
     from sklearn.datasets import load_digits
     path, bunch = Path(path), load_digits()
     leans = np.array([lean_of(img) for img in bunch.images]).round(1) + 0  # no -0.0
@@ -43,8 +48,10 @@ def sample_digits(
     if table.exists():
         if table.read_text() == labels: return path
         raise FileExistsError(f'{table} holds other labels than these digits: choose an empty folder')
+    pictures = {path/f'images/{i:04d}.png': pixels for i, pixels in enumerate((bunch.images*255/16).round().astype(np.uint8))}
+    if other := next((o for o, pixels in pictures.items() if _shows_other(o, pixels)), None): raise FileExistsError(f'{other} is another picture than these digits: choose an empty folder')
     (path/'images').mkdir(parents=True, exist_ok=True)
-    for i, img in enumerate(bunch.images): Image.fromarray((img*255/16).round().astype(np.uint8)).save(path/f'images/{i:04d}.png')
+    for file, pixels in pictures.items(): Image.fromarray(pixels).save(file)
     part = path/f'labels.{os.getpid()}.part'
     part.write_text(labels)
     part.replace(table)  # last and at once, so that a folder with a table is complete

@@ -275,14 +275,14 @@ class _SlicedLoss(Metric):
 def sliced_metrics(
     metric=None, # One metric for every target, which then gives its width alone
     targets:dict=None, # The same as the keywords, for names that are not Python identifiers
-    /, **kwargs, # By name: the width, or `(metric, width)` without a common `metric`, or None to ignore the target
-)->list: # One `SlicedMetric` per target, named `<target>_<metric>`
+    /, **kwargs, # By name: the width, or without a common `metric` `(metric, width)` or `(None, width)`; or None to ignore the target
+)->list: # One `SlicedMetric` per target that has one, named `<target>_<metric>`
     "Metrics per target, each on its slice of the output; `ValueError` or `TypeError` for a declaration that cannot be meant"
     if isinstance(metric, dict) and targets is None: metric,targets = None,metric
     targets = _named(targets, kwargs, 'sliced_metrics')
     specs = {name: _metric_spec(name, metric, spec) for name, spec in targets.items()}
     widths = {name: o and o[1] for name, o in specs.items()}
-    metrics = [SlicedMetric(o[0], name, widths) for name, o in specs.items() if o]
+    metrics = [SlicedMetric(o[0], name, widths) for name, o in specs.items() if o and o[0] is not None]
     for m in metrics: _check_direction(m)
     return metrics
 
@@ -298,7 +298,7 @@ def _metric_spec(name, metric, spec):
     if spec is None: return None
     if metric is None and not (isinstance(spec, tuple) and len(spec) == 2): raise TypeError(f'{name}: expected (metric, width) or None, found {spec!r}')
     if metric is not None: spec = (metric, spec)
-    if not isinstance(spec[0], Metric) and not callable(spec[0]): raise TypeError(f'{name}: expected a metric, found {spec[0]!r}')
+    if spec[0] is not None and not isinstance(spec[0], Metric) and not callable(spec[0]): raise TypeError(f'{name}: expected a metric, found {spec[0]!r}')
     if isinstance(spec[0], type): raise TypeError(f'{name}: expected a metric, found the class {spec[0].__name__}: write {spec[0].__name__}()')
     if isinstance(spec[0], (AvgLoss, AvgSmoothLoss)): raise TypeError(f'{name}: {_no_loss}')
     _check_width(spec[1], name)
