@@ -33,13 +33,15 @@ def _picture(title=None):
 def _table(df): return f'<div class="wide">{df.to_html(index=False, border=0, float_format=lambda x: f"{x:.4g}", na_rep="")}</div>'
 
 def _curves(rows):
-    "Losses and the metrics of each epoch"
-    shown = {'losses': [c for c in rows if c.endswith('loss')], 'metrics': [c for c in rows if c != 'epoch' and not c.endswith('loss')]}
-    fig, axs = plt.subplots(1, 2, figsize=(11, 3.5), layout='constrained')
-    for ax,(title,cols) in zip(axs, shown.items()):
+    "Losses in one picture, each metric in its own"
+    losses = [c for c in rows if c.endswith('loss')]
+    shown = {'losses': losses, **{c: [c] for c in rows if c not in ('epoch', *losses)}}  # metrics differ in unit
+    fig, axs = plt.subplots((len(shown)+1)//2, 2, figsize=(11, 2.8*((len(shown)+1)//2)), layout='constrained', squeeze=False)
+    for ax in axs.flat[len(shown):]: ax.axis('off')
+    for ax,(title,cols) in zip(axs.flat, shown.items()):
         for c in cols: ax.plot(rows.epoch, rows[c], marker='o', ms=3, label=c)
         ax.set(title=title, xlabel='epoch')
-        if cols: ax.legend(fontsize=8)
+        if len(cols) > 1: ax.legend(fontsize=8)
     return _picture('losses and metrics by epoch')
 
 def _target_section(interp, t):
@@ -52,7 +54,7 @@ def _target_section(interp, t):
     elif t.kind == 'regression':
         interp.plot_regression(t.name)
         parts.append(_picture(f'predicted against true {t.name}'))
-    interp.plot_top_losses(6, target=t.name, nrows=1, figsize=(12, 3.2))
+    interp.plot_top_losses(6, target=t.name, nrows=2, figsize=(12, 6.5))
     return parts + ['<h3>Largest losses</h3>', _picture(f'largest losses of {t.name}')]
 
 # %% ../nbs/paddy_multi/19_report.ipynb #c007
