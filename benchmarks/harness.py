@@ -5,6 +5,7 @@ rotates and turns round, and is compared with the baseline *of the same round*: 
 The baseline runs a second time under another name (A/A): its ratio to itself is the noise floor for every other ratio.
 """
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -28,6 +29,7 @@ from torch.utils.benchmark import timer  # waits for an accelerator to finish be
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE/'results'
+TABLES = RESULTS/'tables'
 QUICK = HERE.parent/'build'/'benchmarks'
 CLOCKS = dict(wall=timer, processor=time.process_time)  # the second does not count while a neighbour runs, nor while it waits
 PACKAGES = ('torch', 'fastai', 'timm', 'numpy', 'paddy-multi')
@@ -50,6 +52,13 @@ class Case:
     make: Callable  # () -> dict of name -> function or `Variant`; called right after the seed is set
     params: dict = field(default_factory=dict)  # what sets this case apart: a column each in the tables
     rounds: int = 48  # a multiple of 6 gives baseline, control and one variant all their orders equally often
+
+def keep_freed_memory():
+    "Have glibc keep what is freed, as a long training does: else sides differ by how often they fetch it again, in thousands of page faults"
+    if platform.libc_ver()[0] != 'glibc': return
+    mallopt, (trim_threshold, mmap_max) = ctypes.CDLL(None).mallopt, (-1, -4)
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31-1)
 
 # --- measuring ------------------------------------------------------------------------------------------------------
 def orders(names, rounds):
@@ -183,12 +192,16 @@ def dumps(result):
 def save(result, folder):
     "Write `result` to `folder`; a quick one never goes where the real ones are"
     folder = Path(folder).resolve()
-    if result['about']['quick'] and folder == RESULTS:
+    if result['about']['quick'] and folder in (RESULTS, TABLES):
         raise ValueError(f'a quick result proves nothing: expected a folder other than benchmarks/{RESULTS.name}, choose another --out')
     folder.mkdir(parents=True, exist_ok=True)
     path = folder/f'{result["name"]}.json'
     path.write_text(dumps(result), encoding='utf-8')
     return path
+
+def save_table(result, folder=None):
+    "Write a result that takes no turns: compared with targets or with other sizes, so a table apart"
+    return save(result, folder or (QUICK if result['about']['quick'] else TABLES))
 
 # --- running it -----------------------------------------------------------------------------------------------------
 def line(case):

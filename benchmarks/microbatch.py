@@ -3,8 +3,6 @@
 Labels and images are random numbers: only time is measured. Before timing, both sides must arrive at the same weights: those of the
 plain loop over chunks, and with `whole_head=True`, where the head has BatchNorm, those of a plain loop over whole batches.
 """
-import ctypes
-import platform
 import warnings
 from functools import partial
 
@@ -14,7 +12,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import Adam
 from fastai.vision.learner import create_head
-from harness import Case, digits, main
+from harness import Case, digits, keep_freed_memory, main
 from torch import nn
 from torch.nn import functional as F
 
@@ -23,13 +21,6 @@ from paddy_multi.microbatch import MicroBatch
 ARCH, SIZE, BS, CHUNKS, BATCHES = 'convnext_atto', 64, 64, 4, 8
 warnings.filterwarnings('ignore', '.*BatchNorm takes its statistics')  # what chunks do to the head's BatchNorm is known here
 warnings.filterwarnings('ignore', '.*torch.jit.script')
-
-def keep_freed_memory():
-    "Have glibc keep what is freed: else the sides differ by how often they fetch it again, 20 or 40 thousand page faults a step"
-    if platform.libc_ver()[0] != 'glibc': return
-    mallopt, (trim_threshold, mmap_max) = ctypes.CDLL(None).mallopt, (-1, -4)
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31-1)
 
 # --- models and data ------------------------------------------------------------------------------------------------
 def nothing(): return nn.Linear(4, 10)

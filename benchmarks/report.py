@@ -11,6 +11,8 @@ def results(folder=RESULTS):
     "All results in `folder`, by name"
     return [json.loads(p.read_text(encoding='utf-8')) for p in sorted(Path(folder).glob('*.json'))]
 
+def tables(folder=RESULTS/'tables'): return results(folder)
+
 # --- numbers as text ------------------------------------------------------------------------------------------------
 def time_text(seconds):
     "A time in the unit that suits it"
@@ -107,3 +109,20 @@ def plot(result):
     legend = dict(zip(*reversed(ax.get_legend_handles_labels())))
     ax.legend(legend.values(), legend.keys(), frameon=False)
     return fig
+
+# --- tables of results that take no turns -----------------------------------------------------------------------------
+def quality(result):
+    "Each measure, mean and standard deviation over seeds, beside its target"
+    def text(o): return f'{o["mean"]:.4g}' + (f' ± {o["sd"]:.2g}' if o['sd'] else '')
+    return frame([{'model': o['name'], 'measure': o['measure'], 'mean ± sd': text(o), 'runs': len(o['values']), 'target': f'{"at most" if o["at_most"] else "at least"} {o["target"]}',
+                   'met': 'yes' if o['met'] else 'missed', 'popularity': o.get('popularity')} for o in result['rows']], 'model')
+
+def growth(result):
+    "Seconds and memory for each number of ratings"
+    return frame([{'ratings': f'{o["ratings"]:,}', 'users': f'{o["users"]:,}', 'items': f'{o["items"]:,}', 'batch': o['bs'], 'load, s': o['load_seconds'], 'epoch, s': o['epoch_seconds'],
+                   'peak, MB': o['peak_mb'], 'before any rating, MB': o['before_any_rating_mb'], 'for the ratings, MB': o['peak_mb']-o['before_any_rating_mb']} for o in result['rows']], 'ratings')
+
+def memory(result):
+    "Peak memory of each number of chunks, and its share of the whole batch's, measured and predicted"
+    return frame([{'chunks': f'{o["accum"]}{", whole head" if o["whole_head"] else ""}', 'items at a time': o['items'], 'measured, MB': o['measured_mb'], 'predicted, MB': o['predicted_mb'],
+                   'share, measured': o['measured_ratio'], 'share, predicted': o['predicted_ratio'], 'items per second': o['items_per_second']} for o in result['rows']], 'chunks')

@@ -164,10 +164,11 @@ def test_a_script_with_a_failure_saves_the_rest_and_exits_with_1(tmp_path):
     assert len(good['variants']) == 3 and bad['error']
 
 def test_quick_results_never_land_among_the_real_ones():
-    before = {p: p.read_bytes() for p in harness.RESULTS.iterdir()}
-    with pytest.raises(ValueError, match='a quick result proves nothing: expected a folder other than benchmarks/results, choose another --out'):
-        harness.main('sliced', 'T', 'Q', lambda quick: [], ['--quick', '--out', str(harness.RESULTS/'..'/'results')])
-    assert before == {p: p.read_bytes() for p in harness.RESULTS.iterdir()} and harness.QUICK != harness.RESULTS
+    before = {p: p.read_bytes() for p in harness.RESULTS.rglob('*.json')}
+    for folder in (harness.RESULTS/'..'/'results', harness.TABLES):
+        with pytest.raises(ValueError, match='a quick result proves nothing: expected a folder other than benchmarks/(results|tables), choose another --out'):
+            harness.main('sliced', 'T', 'Q', lambda quick: [], ['--quick', '--out', str(folder)])
+    assert before == {p: p.read_bytes() for p in harness.RESULTS.rglob('*.json')} and harness.QUICK not in (harness.RESULTS, harness.TABLES)
 
 # --- keeping and showing it -----------------------------------------------------------------------------------------
 @pytest.fixture
@@ -228,7 +229,9 @@ def test_times_as_text(seconds, text): assert report.time_text(seconds) == text
 # --- what is committed ----------------------------------------------------------------------------------------------
 def test_every_script_has_its_result(): assert {o['name'] for o in (*report.results(), *report.tables())} == set(run.scripts())
 
-@pytest.mark.parametrize('path', sorted(harness.RESULTS.glob('*.json')), ids=lambda p: p.stem)
+def all_of(*folders): return pytest.mark.parametrize('path', sorted(p for o in folders for p in o.glob('*.json')), ids=lambda p: p.stem)
+
+@all_of(harness.RESULTS, harness.TABLES)
 class TestCommitted:
     def test_says_where_and_how(self, path):
         a = json.loads(path.read_text())['about']
@@ -236,6 +239,13 @@ class TestCommitted:
         assert all(a['versions'][k] for k in ('python', *harness.PACKAGES)) and a['seeds'] and a['threads'] > 0 and a['clock'] in harness.CLOCKS
         assert a['command'] == f'python benchmarks/run.py {path.stem}' and re.fullmatch(r'\d{4}-\d\d-\d\d \d\d:\d\d UTC', a['date'])
 
+    def test_names_no_machine(self, path):
+        text = path.read_text()
+        assert not re.search(r'/(tmp|home|root|usr|work|Users)\b|[A-Z]:\\\\|localhost', text)
+        assert platform.node() not in text and f'"{getpass.getuser()}"' not in text
+
+@all_of(harness.RESULTS)
+class TestTurns:
     def test_has_no_failure_and_a_control_in_each_case(self, path):
         res = json.loads(path.read_text())
         assert res['cases'] and not harness.failures(res)
@@ -251,23 +261,30 @@ class TestCommitted:
                 assert o['seconds']['median'] == pytest.approx(np.median(o['rounds']), rel=1e-4)
                 if o['ratio']: assert o['ratio'] == harness.spread([a/b for a, b in zip(o['rounds'], base, strict=True)])
 
-    def test_names_no_machine(self, path):
-        text = path.read_text()
-        assert not re.search(r'/(tmp|home|root|usr|work|Users)\b|[A-Z]:\\\\|localhost', text)
-        assert platform.node() not in text and f'"{getpass.getuser()}"' not in text
+@all_of(harness.TABLES)
+def test_what_is_said_of_a_target_follows_from_the_runs(path):
+    rows = json.loads(path.read_text())['rows']
+    assert rows
+    for o in rows:
+        if 'target' not in o: continue
+        assert o['mean'] == pytest.approx(np.mean(o['values']), rel=1e-4)
+        assert o['met'] == (o['mean'] <= o['target'] if o['at_most'] else o['mean'] >= o['target'])
 
 def test_about_names_no_machine():
     text = harness.dumps(harness.about('x', 1, 1, 'wall', False))
     assert platform.node() not in text and str(Path.home()) not in text and '/' not in text.replace('benchmarks/run.py', '')
 
 # --- running it -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize('name', run.scripts())
+IN_TURNS, TABLE = 'sliced', 'collab_growth'  # one of either kind; the others take the same way, each a process of seconds
+
+@pytest.mark.parametrize('name', [pytest.param(o, marks=[] if o in (IN_TURNS, TABLE) else pytest.mark.slow) for o in run.scripts()])
 def test_quick_mode(name, tmp_path):
     done = subprocess.run([sys.executable, ROOT/'benchmarks'/'run.py', name, '--quick', '--out', tmp_path], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     res, = report.results(tmp_path)
-    assert res['about']['quick'] and not harness.failures(res) and f'[1/1] {name}' in done.stdout
-    assert not report.ratios(res).empty
+    assert res['about']['quick'] and f'[1/1] {name}' in done.stdout
+    if 'rows' in res: assert res['rows']
+    else: assert not harness.failures(res) and not report.ratios(res).empty
 
 def test_an_unknown_name_is_refused(capsys):
     with pytest.raises(SystemExit): run.main(['slicd'])
