@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from fastai.vision.all import (Callback, CategoryBlock, ClassificationInterpretation, ColReader, CutMix, DataBlock, EarlyStoppingCallback, F1Score,
                                ImageBlock, IndexSplitter, Interpretation, Learner, MixUp, PILImageBW, RandomSplitter, ReduceLROnPlateau,
-                               RegressionBlock, Resize, RocAuc, SaveModelCallback, TransformBlock, accuracy, noop, resnet18, set_seed, vision_learner)
+                               RegressionBlock, Resize, RocAuc, SaveModelCallback, TransformBlock, accuracy, load_learner, noop, resnet18, set_seed, vision_learner)
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
@@ -273,12 +273,16 @@ def test_metrics_of_scikit_learn_are_exact_over_labelled_items(path, labels, lea
 def test_metric_without_a_name_is_refused(dls):
     with pytest.raises(ValueError, match='digit: a metric is known by its name and a lambda has none'): dls.targets.metrics(digit=lambda p, t: 0.)
 
-def test_learned_weights_are_trained_and_saved(dls, tmp_path):
+def test_learned_weights_are_trained_saved_and_exported(dls, tmp_path):
     learn = multi_target_learner(dls, tiny(8)[:-1], head=nn.Linear(54, 8), weighting='uncertainty', path=tmp_path)
     before = learn.model.log_vars.detach().clone()
     fit(learn, 1, .1)
     assert (learn.model.log_vars != before).all()
     assert learn.model.log_vars.equal(torch.load(learn.save('learned'), weights_only=False)['model']['log_vars'])
+    learn.export('learned.pkl')
+    loaded = load_learner(tmp_path/'learned.pkl')
+    assert loaded.model.log_vars.equal(learn.model.log_vars) and loaded.loss_func.log_vars is loaded.model.log_vars
+    close(loaded.loss_func.weights.detach(), np.exp(-learn.model.log_vars.detach().numpy())*[1, .5, 1])    # half for a number: Kendall et al., equation 10
 
 
 # --- predictions -----------------------------------------------------------------------------------------------------------
