@@ -195,7 +195,8 @@ def watched(browser, base, faults, **options):
     tab.on('console', lambda m: m.type == 'error' and faults.append(f'console: {m.text}'))
     tab.on('pageerror', lambda e: faults.append(f'script: {e}'))
     tab.on('request', on_request)
-    tab.on('requestfailed', lambda r: faults.append(f'failed: {r.url}'))
+    # Aborted is what the browser itself gives up when a page is left before all of it is there, as after a search
+    tab.on('requestfailed', lambda r: r.failure != 'net::ERR_ABORTED' and faults.append(f'failed: {r.url} {r.failure}'))
     tab.on('response', lambda r: r.status >= 400 and faults.append(f'{r.status}: {r.url}'))
     return tab
 
