@@ -80,6 +80,8 @@ class FactorModel(CollabModel):
         cold_items=(),            # Ids of items with features and without ratings
         std:float=None,           # Standard deviation of the random start; 0.1/sqrt(n_factors) if not given
     ):
+        for name, n, cold in (('user', n_user_features, cold_users), ('item', n_item_features, cold_items)):
+            if len(cold) and not n: raise ValueError(f'cold_{name}s are known by their features alone, found {len(cold)} of them and n_{name}_features=0: give the features, too')
         std = .1/math.sqrt(n_factors) if std is None else std
         super().__init__(n_users, n_items, y_range, n_factors=n_factors, mean=mean, n_seen=n_seen, n_user_features=n_user_features,
                          n_item_features=n_item_features, cold_users=list(cold_users), cold_items=list(cold_items), std=std)

@@ -71,7 +71,7 @@ class CollabLearner(Learner):
         return tuple(o[None] if isinstance(o, torch.Tensor) and o.ndim == 0 else o for o in res) if single else res
 
 # %% ../nbs/collab_deep/05_learner.ipynb #c015
-# Not fastai's MSELossFlat: it gives a tensor of a subclass, whose dispatch takes a fifth of the time of an epoch
+# Not fastai's MSELossFlat: it gives a tensor of a subclass, whose dispatch costs time in every step
 _losses = {'mse': nn.MSELoss(), 'bpr': bpr_loss, 'softmax': softmax_loss}
 
 def _check(dls, loss, y_range):
