@@ -44,9 +44,9 @@ test: setup  ## nbdev_test and pytest
 	nbdev_test --n-workers 2 --timing
 	pytest -q -n 2 --dist loadfile
 
-test-all: setup  ## the same, with what is marked slow
+test-all: setup  ## the same, with what is marked slow and with examples of hypothesis that are drawn anew
 	nbdev_test --n-workers 2 --timing --flags slow
-	pytest -q -n 2 --dist loadfile -m "not docs"
+	pytest -q -n 2 --dist loadfile -m "not docs" --hypothesis-profile=explore
 
 test-docs: .venv/.env .venv/.chromium  ## the committed site in a real browser, and against the notebooks
 	pytest -q -m docs

@@ -638,6 +638,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'paddy_multi/splitters.py'),
                                        'paddy_multi.splitters._check_share': ( 'paddy_multi/splitters.html#_check_share',
                                                                                'paddy_multi/splitters.py'),
+                                       'paddy_multi.splitters._check_sides': ( 'paddy_multi/splitters.html#_check_sides',
+                                                                               'paddy_multi/splitters.py'),
                                        'paddy_multi.splitters._indicators': ( 'paddy_multi/splitters.html#_indicators',
                                                                               'paddy_multi/splitters.py'),
                                        'paddy_multi.splitters._missing': ( 'paddy_multi/splitters.html#_missing',

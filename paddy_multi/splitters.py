@@ -7,6 +7,7 @@ __all__ = ['StratifiedSplitter', 'GroupSplitter']
 
 # %% ../nbs/paddy_multi/08_splitters.ipynb #c003
 from collections.abc import Callable
+from math import ceil
 from numbers import Real
 
 import numpy as np
@@ -80,8 +81,14 @@ def StratifiedSplitter(
     def _inner(items):
         tags = np.concatenate([_indicators(_values(items, label), bins) for label in labels], 1)
         if not tags.size: raise ValueError(f'expected labels that differ, found the same in all {len(items)} items: use RandomSplitter')
+        _check_sides(len(tags), valid_pct)
         return _both(*next(split.split(tags, tags)))
     return _inner
+
+def _check_sides(n:int, valid_pct:float, what:str='items'):
+    "`ValueError` if the share of validation, rounded up as scikit-learn does, leaves none of `n` for training"
+    if ceil(n*valid_pct) >= n:
+        raise ValueError(f'expected {what} on both sides of the split, found {n}, all for validation at valid_pct={valid_pct!r}: use more {what} or a smaller valid_pct')
 
 def _both(train, valid):
     "Lists of positions; `ValueError` if one is empty"
@@ -106,5 +113,6 @@ def GroupSplitter(
         if gaps: raise ValueError(f'expected a group for each item, found {len(gaps)} without, item {gaps[0]} first: give each a group of its own, or leave them out')
         codes, names = pd.factorize(pd.Series(groups, dtype=object))
         if len(names) < 2: raise ValueError(f'expected two groups or more, found only {names.tolist()}: use another splitter')
+        _check_sides(len(names), valid_pct, 'groups')
         return _both(*next(split.split(codes, groups=codes)))
     return _inner
