@@ -17,6 +17,7 @@ from .splitters import *
 from .predict import *
 from .interpret import *
 from .report import *
+from .tracing import *
 from .memory import *
 from .accum_benchmark import *
 from .cli_accum import *

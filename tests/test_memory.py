@@ -13,7 +13,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
-from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss
 from fastai.optimizer import Adam, OptimWrapper, SGD
 from fastai.vision.learner import vision_learner
 from hypothesis import given
@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from paddy_multi.kinds import CategoryTarget, RegressionTarget
-from paddy_multi.memory import CountTensors, StepMemory, find_accumulation, parse_bytes, plot_memory, predict_memory, step_memory
+from paddy_multi.memory import find_accumulation, parse_bytes, plot_memory, predict_memory
 from paddy_multi.microbatch import MicroBatch
 from paddy_multi.targets import Targets
+from paddy_multi.tracing import CountTensors, StepMemory, step_memory
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*CUDA is not available', 'ignore:.*BatchNorm takes', 'ignore:.*torch.jit.script')
 adamw = partial(OptimWrapper, opt=torch.optim.AdamW)
@@ -122,13 +123,20 @@ def test_mixed_precision_takes_less_on_a_gpu_and_is_nothing_on_a_cpu():
     assert predict_memory(plain, device='cpu').equals(predict_memory(half, device='cpu'))
 
 
-def test_losses_that_cannot_be_traced_have_a_stand_in():
+def test_several_targets_take_what_their_outputs_take():
     t = Targets(kind=CategoryTarget(), size=RegressionTarget()).fit([dict(kind='abc'[i % 3], size=float(i)) for i in range(6)])
     rows = loaders(32, 8, torch.zeros(t.n_cols))
     many = predict_memory(Learner(rows, nn.Sequential(Small(), nn.Linear(32, t.n_out)), loss_func=t.loss()), [1, 2])
     labels = loaders(32, 8, torch.zeros(t.n_out))
     one = predict_memory(Learner(labels, nn.Sequential(Small(), nn.Linear(32, t.n_out)), loss_func=BCEWithLogitsLossFlat()), [1, 2])
     assert np.allclose(many.total, one.total, rtol=.01)
+
+
+def test_a_loss_that_cannot_be_traced_has_a_stand_in_and_a_warning():
+    def make(loss): return Learner(loaders(32, 8), nn.Sequential(Small(), nn.Linear(32, 4)), loss_func=loss)
+    with pytest.warns(UserWarning, match='DiceLoss cannot be run without real tensors .*: a log-softmax of the output is counted in its place'):
+        found = predict_memory(make(DiceLoss()), [1, 2])
+    assert np.allclose(found.total, predict_memory(make(CrossEntropyLossFlat()), [1, 2]).total, rtol=.01)
 
 
 # --- what a row means -----------------------------------------------------------------------------------------------------

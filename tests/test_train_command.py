@@ -30,7 +30,8 @@ def kaggle(tmp_path_factory):
 def stopped(kaggle, tmp_path_factory):
     "A run of twelve epochs that got Ctrl-C after its first: its folder, exit code and what it printed"
     out = tmp_path_factory.mktemp('stopped')/'run'
-    process = subprocess.Popen([COMMAND, 'train', '--out', out, '--data', kaggle, *SMALL, '--epochs', '12'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen([COMMAND, 'train', '--out', out, '--data', kaggle, *SMALL, '--epochs', '12'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background jobs ignore Ctrl-C, and pass that on
     end = time.monotonic() + 120
     while not (out/'checkpoint.json').exists():
         assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
