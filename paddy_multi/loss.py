@@ -61,7 +61,8 @@ class MultiTargetLoss:
     ):
         self.table,self.log_vars,self.reduction = table,log_vars,'mean'
         self._groups,self._weights = _groups(table),list(table.weights.values())
-        self._order = torch.tensor([i for g in self._groups for i in g.index]).argsort().tolist()
+        order = torch.tensor([i for g in self._groups for i in g.index]).argsort().tolist()
+        self._order = slice(None) if order == sorted(order) else order  # a slice costs nothing
 
     def item_parts(self,
         preds:Tensor, # Model output `[bs, n_out]`
