@@ -77,6 +77,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'collab_deep/evaluate.py')},
             'collab_deep.explain': { 'collab_deep.explain._parts': ('collab_deep/explain.html#_parts', 'collab_deep/explain.py'),
                                      'collab_deep.explain._similar': ('collab_deep/explain.html#_similar', 'collab_deep/explain.py'),
+                                     'collab_deep.explain._spread': ('collab_deep/explain.html#_spread', 'collab_deep/explain.py'),
                                      'collab_deep.explain.cosines': ('collab_deep/explain.html#cosines', 'collab_deep/explain.py'),
                                      'collab_deep.explain.explain': ('collab_deep/explain.html#explain', 'collab_deep/explain.py'),
                                      'collab_deep.explain.factors_of': ('collab_deep/explain.html#factors_of', 'collab_deep/explain.py'),

@@ -73,6 +73,16 @@ def item_bias(
     return df[1:].sort_values('bias', ascending=False, kind='stable', ignore_index=True)
 
 # %% ../nbs/collab_deep/12_explain.ipynb #c019
+def _spread(figure, notes):
+    "Move each of `notes` up until it covers none below it"
+    figure.draw_without_rendering()  # only then are places known
+    taken = []
+    for note in sorted(notes, key=lambda o: o.xy[1]):
+        box = note.get_window_extent()
+        while any(box.overlaps(o) for o in taken): box = box.translated(0, 1)
+        note.xyann = (3, 2 + (box.y0 - note.get_window_extent().y0)*72/figure.dpi)
+        taken.append(box)
+
 def plot_factors(
     learn,       # A learner, or a `Recommender`
     top:int=50,  # How many of the most rated items to show
@@ -89,9 +99,10 @@ def plot_factors(
     x, y = pca.fit_transform(factors[rows].double().numpy()).T
     if ax is None: ax = plt.subplots(figsize=(10, 8), layout='constrained')[1]
     ax.scatter(x, y, s=8)
-    for row, px, py in zip(rows.tolist(), x, y): ax.annotate(str(rec.items[row]), (px, py), (3, 2), textcoords='offset points', fontsize=8)
+    notes = [ax.annotate(str(rec.items[row]), (px, py), (3, 2), textcoords='offset points', fontsize=8) for row, px, py in zip(rows.tolist(), x, y)]
     ax.set(**{f'{axis}label': f'component {i + 1}, {share:.0%} of the variance' for i, (axis, share) in enumerate(zip('xy', pca.explained_variance_ratio_))})
     ax.margins(x=.2)
+    _spread(ax.figure, notes)
     return pd.DataFrame(dict(item=[rec.items[i] for i in rows.tolist()], x=x, y=y, ratings=rec.item_counts[rows].tolist()))
 
 # %% ../nbs/collab_deep/12_explain.ipynb #c025

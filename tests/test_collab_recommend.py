@@ -153,6 +153,19 @@ def test_a_plane_takes_two():
     assert plot_factors(recommender(PAIRS, ['a', 'b'], ['x', 'y', 'z']), top=99)['item'].tolist() == ['y', 'x', 'z']
 
 
+def test_no_name_in_the_plane_covers_another():
+    import matplotlib
+    matplotlib.use('agg')
+    from matplotlib import pyplot as plt
+    rec = recommender([], ['a'], [f'a rather long name {i}' for i in range(40)])
+    with torch.no_grad(): rec.model.items.weight[1:21] /= 100  # half of them nearly at one point
+    figure, ax = plt.subplots(figsize=(6, 6))
+    plot_factors(rec, top=40, ax=ax)
+    figure.canvas.draw()
+    boxes = [o.get_window_extent().padded(-1) for o in ax.texts]
+    assert len(boxes) == 40 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
 def test_without_fastai():
     code = ("import sys, collab_deep.recommend, collab_deep.evaluate, collab_deep.explain, collab_deep.save; "
             "print([o for o in ('fastai', 'matplotlib', 'sklearn') if o in sys.modules])")
