@@ -78,8 +78,8 @@ class SoftmaxCallback(Callback):
         if hasattr(self, 'gather_preds') or not len(self.yb): return
         x = self.xb[0]
         users, which = x[:,0].unique(return_inverse=True)
-        total = self.model.scores(users)[:,1:].logsumexp(1)
-        self.learn.pred, self.learn.yb = self.pred - total[which], ((x[:,1] > 0).float(),)
+        shares = self.model.scores(users)[:,1:].log_softmax(1)  # not from `pred`: batch norm of pairs gives them another score
+        self.learn.pred, self.learn.yb = shares[which, (x[:,1]-1).clamp(min=0)], ((x[:,1] > 0).float(),)
 
 
 def softmax_loss(

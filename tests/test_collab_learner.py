@@ -176,6 +176,16 @@ def test_softmax_is_cross_entropy_over_all_items(clicks):
     assert learn.validate()[0] == pytest.approx(F.cross_entropy(scores, x[:,1]-1).item(), rel=1e-4)
 
 
+@pytest.mark.parametrize('kwargs', [{}, dict(use_nn=True), dict(use_nn=True, config=dict(use_bn=False)), dict(model='factor')])
+def test_no_share_of_softmax_is_above_one(clicks, kwargs):
+    "Batch norm over the pairs of a batch would give what was taken a score that its sum does not hold"
+    class Shares(Callback):
+        order, highest = 6, -math.inf
+        def after_pred(self): self.highest = max(self.highest, self.pred.max().item())
+    learn = fit(collab_deep_learner(clicks, 4, loss='softmax', lr=.05, cbs=Shares(), **kwargs), 4)
+    assert -math.inf < learn.shares.highest <= 0 and learn.recorder.values[-1][0] > 0
+
+
 def test_metric_is_evaluate_rankings(clicks):
     learn = fit(collab_deep_learner(clicks, 4, loss='bpr', metrics=[RankingMetric(), RankingMetric('recall', 5)]), 2)
     assert learn.recorder.metric_names[3:5] == ['ndcg_at_10', 'recall_at_5']
