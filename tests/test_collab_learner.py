@@ -182,7 +182,7 @@ def test_no_share_of_softmax_is_above_one(clicks, kwargs):
     class Shares(Callback):
         order, highest = 6, -math.inf
         def after_pred(self): self.highest = max(self.highest, self.pred.max().item())
-    learn = fit(collab_deep_learner(clicks, 4, loss='softmax', lr=.05, cbs=Shares(), **kwargs), 4)
+    learn = fit(collab_deep_learner(clicks, 8, loss='softmax', lr=.3, cbs=Shares(), **kwargs), 6)
     assert -math.inf < learn.shares.highest <= 0 and learn.recorder.values[-1][0] > 0
 
 
