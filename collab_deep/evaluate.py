@@ -90,7 +90,9 @@ def evaluate_ranking(
 def _relevant(rec, pairs, y, threshold):
     "Relevant items of each user as (starts, columns), and how many there are with those that training did not have"
     if threshold is not None: pairs = pairs[y >= threshold]
-    pairs, n_users, n_items = pairs[pairs[:, 0] > 0], len(rec.users), len(rec.items)
+    n_users, n_items = len(rec.users), len(rec.items)
+    pairs = pairs.where(pairs < torch.tensor([n_users, n_items]), 0)  # rows of ids known by features alone come after those of training
+    pairs = pairs[pairs[:, 0] > 0]
     new, known = (pairs[pairs[:, 1] == 0], pairs[pairs[:, 1] > 0])
     in_training = torch.repeat_interleave(torch.arange(n_users), rec.seen[0].diff())*n_items + rec.seen[1]
     keys = torch.unique(known[:, 0]*n_items + known[:, 1])  # sorted by user, then by item

@@ -43,7 +43,8 @@ def fold_in(
     "Find the row of a newcomer without training again"
     items = list(ratings)
     idx = learn.dls.encode([None]*len(items), items)[:,1]
-    if (idx == 0).any(): raise KeyError(f'{items[idx.tolist().index(0)]!r} was not in training: leave it out, nothing can be learned from it')
+    new = (idx == 0) | (idx >= learn.model.n_items)  # rows from n_items on have features alone
+    if new.any(): raise KeyError(f'{items[new.nonzero()[0,0]]!r} was not in training: leave it out, nothing can be learned from it')
     model = learn.model.eval()
     device = next(model.parameters()).device
     stars = torch.tensor([float(o) for o in ratings.values()]) if isinstance(ratings, dict) else None

@@ -9,6 +9,7 @@ from hypothesis import given, settings, strategies as st
 from sklearn.metrics import ndcg_score
 
 from collab_deep.evaluate import evaluate_ranking, evaluate_ratings, ranking_metrics
+from collab_deep.factor_model import FactorModel
 from collab_deep.recommend import Recommender, predict
 from small_recommender import recommender
 
@@ -86,6 +87,16 @@ def test_ratings_measure_as_the_formula_does(drawn):
     assert found.value.tolist() == pytest.approx([np.mean(e**2), np.mean(e**2)**.5, np.mean(abs(e))])
     assert found.training_mean.mae == pytest.approx(np.mean(abs(frame.rating - 3)))
     if len(e) > 1: assert found.std_error.tolist() == pytest.approx([np.std(e**2, ddof=1)/len(e)**.5, np.std(e**2, ddof=1)/len(e)**.5/2/np.mean(e**2)**.5, np.std(abs(e), ddof=1)/len(e)**.5])
+
+
+def test_ids_known_by_features_alone_count_as_new():
+    "Their rows lie after those of training, where they must not run into the next user's"
+    def make(u, i): return FactorModel(u, i, 3, n_user_features=1, n_item_features=1, cold_users=['d'], cold_items=['w', 'v'])
+    rec = recommender([(1, 1)], ['a', 'b', 'c'], ['x', 'y', 'z'], make)
+    held = pd.DataFrame(dict(user=['a', 'a', 'b', 'd', 'd'], title=['w', 'v', 'x', 'y', 'nowhere']))
+    found = evaluate_ranking(rec, 3, ratings=held)
+    pd.testing.assert_frame_equal(found, evaluate_ranking(rec, 3, ratings=held.replace(dict(w='other', v='another', d='nobody'))))
+    assert found.attrs['users'] == 2 and found.value.recall == .5
 
 
 def test_interactions_have_no_ratings():

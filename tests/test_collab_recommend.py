@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from collab_deep.explain import explain, item_bias, nearest_seen, plot_factors, similar_items, similar_users
+from collab_deep.factor_model import FactorModel
+from collab_deep.fold_in import fold_in
 from collab_deep.models import DotProduct, DotProductBias
 from collab_deep.recommend import predict, recommend, scoring, top_k
 from small_recommender import MODELS, recommender
@@ -116,6 +118,12 @@ def test_a_length_that_is_none(k):
     for f in (recommend, similar_users, nearest_seen):
         args = ('b', 'x') if f is nearest_seen else ('b',)
         with pytest.raises(ValueError, match=re.escape(f'k is the length of a list, a positive integer; found {k!r}')): f(rec, *args, k=k)
+
+
+def test_an_item_known_by_features_alone_says_nothing_of_a_newcomer():
+    rec = recommender(PAIRS, ['a', 'b'], ['x', 'y', 'z'], lambda u, i: FactorModel(u, i, 3, n_item_features=1, cold_items=['w']))
+    for f in (fold_in, recommend):
+        with pytest.raises(KeyError, match="'w' (was not|is not among the 3) in training"): f(rec, {'x': 4., 'w': 5.})
 
 
 def test_filters():
