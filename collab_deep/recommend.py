@@ -111,15 +111,17 @@ def as_recommender(
 
 
 def _our_model(model):
-    "`model`, or the `DotProductBias` that equals it if it is fastai's `EmbeddingDotBias`"
-    if isinstance(model, CollabModel): return model
+    "`model`, or the `DotProductBias` that equals it if it is fastai's `EmbeddingDotBias`; its rows for unknown ids are the average ones"
+    if isinstance(model, CollabModel):
+        model.fill_unknown()  # a Learner without our callbacks leaves them as they were drawn
+        return model
     if not hasattr(model, 'i_weight'):
         raise TypeError(f'expected a model of collab_deep or the EmbeddingDotBias of fastai, found {type(model).__name__}: it cannot score all items of a user')
     tables = [getattr(model, name).weight.detach() for name in ('u_weight', 'i_weight', 'u_bias', 'i_bias')]
     ours = DotProductBias(len(tables[0]), len(tables[1]), tables[0].shape[1], y_range=model.y_range).to(tables[0].device)
     with torch.no_grad():
         for mine, table in zip((ours.users, ours.items, ours.users_bias, ours.items_bias), tables): mine.weight.copy_(table)
-    ours.fill_unknown()  # fastai leaves its rows for unknown ids as they were drawn
+    ours.fill_unknown()
     return ours
 
 

@@ -7,11 +7,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastai.learner import Learner
+from fastai.losses import MSELossFlat
 from hypothesis import given, settings, strategies as st
 
+from collab_deep.evaluate import evaluate_ratings
 from collab_deep.explain import explain, item_bias, nearest_seen, plot_factors, similar_items, similar_users
 from collab_deep.factor_model import FactorModel
 from collab_deep.fold_in import fold_in
+from collab_deep.loaders import RatingsDataLoaders
 from collab_deep.models import DotProduct, DotProductBias
 from collab_deep.recommend import predict, recommend, scoring, top_k
 from small_recommender import MODELS, recommender
@@ -110,6 +114,18 @@ def test_the_place_of_unknown_ids_is_nobody():
     with torch.no_grad(): rec.model.items_bias.weight[0] = 99
     assert '#na#' not in set(recommend(rec, 'b', 9, exclude_seen=False)['item']) | set(similar_items(rec, 'x')['item']) | set(item_bias(rec)['item'])
     assert predict(rec, 'nobody', 'x') == pytest.approx(rec.model(torch.tensor([[0, 1]])).item())
+
+
+def test_unknown_ids_are_average_after_a_plain_learner():
+    "fastai's Learner knows nothing of row 0, which stays as it was drawn"
+    rows = pd.DataFrame(dict(user=np.arange(60) % 6, item=np.arange(60) // 6, rating=1. + np.arange(60) % 5))
+    dls = RatingsDataLoaders.from_df(rows, splits=(np.flatnonzero(rows.user < 5), np.flatnonzero(rows.user == 5)), bs=8, device='cpu')
+    learn = Learner(dls, DotProductBias(dls.n_users, dls.n_items, 3, std=1.), loss_func=MSELossFlat())
+    with learn.no_bar(), learn.no_logging(): learn.fit(3, .05)
+    with torch.no_grad(): average = (learn.model.users.weight[1:].mean(0)*learn.model.items.weight[1]).sum() + learn.model.user_bias[1:].mean() + learn.model.item_bias[1]
+    assert predict(learn, 'nobody', 0) == pytest.approx(average.item(), rel=1e-4)
+    held = rows[rows.user == 5].assign(user='nobody')
+    assert evaluate_ratings(learn).value.mse == pytest.approx(((predict(learn, held) - held.rating)**2).mean())
 
 
 @pytest.mark.parametrize('k', [0, -1, 2.5, '10', True, None])
