@@ -121,7 +121,7 @@ def test_unknown_ids_are_average_after_a_plain_learner():
     rows = pd.DataFrame(dict(user=np.arange(60) % 6, item=np.arange(60) // 6, rating=1. + np.arange(60) % 5))
     dls = RatingsDataLoaders.from_df(rows, splits=(np.flatnonzero(rows.user < 5), np.flatnonzero(rows.user == 5)), bs=8, device='cpu')
     learn = Learner(dls, DotProductBias(dls.n_users, dls.n_items, 3, std=1.), loss_func=MSELossFlat())
-    with learn.no_bar(), learn.no_logging(): learn.fit(3, .05)
+    learn.fit(3, .05)
     with torch.no_grad(): average = (learn.model.users.weight[1:].mean(0)*learn.model.items.weight[1]).sum() + learn.model.user_bias[1:].mean() + learn.model.item_bias[1]
     assert predict(learn, 'nobody', 0) == pytest.approx(average.item(), rel=1e-4)
     held = rows[rows.user == 5].assign(user='nobody')
