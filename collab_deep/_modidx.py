@@ -130,6 +130,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'collab_deep/factor_model.py'),
                                           'collab_deep.factor_model._before_range': ( 'collab_deep/factor_model.html#_before_range',
                                                                                       'collab_deep/factor_model.py'),
+                                          'collab_deep.factor_model._binned': ( 'collab_deep/factor_model.html#_binned',
+                                                                                'collab_deep/factor_model.py'),
                                           'collab_deep.factor_model._marks': ( 'collab_deep/factor_model.html#_marks',
                                                                                'collab_deep/factor_model.py'),
                                           'collab_deep.factor_model._transposed': ( 'collab_deep/factor_model.html#_transposed',

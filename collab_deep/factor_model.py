@@ -61,8 +61,15 @@ def encode_features(
 
 def _marks(col, bins, sep):
     "0 and 1 for each value of a column, none for a missing one"
-    if pd.api.types.is_numeric_dtype(col): return pd.get_dummies(pd.qcut(col.astype(float), bins, labels=False, duplicates='drop')).to_numpy(np.float32)
+    if pd.api.types.is_numeric_dtype(col): return pd.get_dummies(_binned(col.astype(float), bins)).to_numpy(np.float32)
     return col.astype('str').where(col.notna(), '').str.get_dummies(sep).to_numpy(np.float32)
+
+
+def _binned(col, bins):
+    "Numbers as they are if they take no more than `bins` values, else as bins between quantiles; many equal lowest ones are a bin of their own"
+    if col.nunique() <= bins: return col
+    inner = np.unique(col.quantile(np.arange(1, bins)/bins))
+    return pd.cut(col, [-np.inf, *inner, np.inf], labels=False)
 
 # %% ../nbs/collab_deep/05_factor_model.ipynb #c015
 class FactorModel(CollabModel):
