@@ -408,6 +408,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'collab_deep.splits.LeaveLastSplitter': ( 'collab_deep/splits.html#leavelastsplitter',
                                                                               'collab_deep/splits.py'),
                                     'collab_deep.splits.TimeSplitter': ('collab_deep/splits.html#timesplitter', 'collab_deep/splits.py'),
+                                    'collab_deep.splits._check_share': ('collab_deep/splits.html#_check_share', 'collab_deep/splits.py'),
                                     'collab_deep.splits._column': ('collab_deep/splits.html#_column', 'collab_deep/splits.py'),
                                     'collab_deep.splits._random_split': ('collab_deep/splits.html#_random_split', 'collab_deep/splits.py'),
+                                    'collab_deep.splits._times': ('collab_deep/splits.html#_times', 'collab_deep/splits.py'),
                                     'collab_deep.splits.split_rows': ('collab_deep/splits.html#split_rows', 'collab_deep/splits.py')}}}

@@ -6,14 +6,21 @@
 __all__ = ['LeaveLastSplitter', 'TimeSplitter', 'GroupSplitter', 'split_rows']
 
 # %% ../nbs/collab_deep/02_splits.ipynb #c003
+from numbers import Real
+
 import numpy as np
 import pandas as pd
 import torch
 
 # %% ../nbs/collab_deep/02_splits.ipynb #c007
+def _check_share(valid_pct):
+    if isinstance(valid_pct, Real) and 0 <= valid_pct < 1: return
+    raise ValueError(f'valid_pct is the share of rows to validate on, at least 0 and below 1; found {valid_pct!r}')
+
+
 def _random_split(n, valid_pct, seed):
     "What fastai's `RandomSplitter` gives, without touching the global seed and without a list of Python numbers"
-    if not 0 <= valid_pct < 1: raise ValueError(f'valid_pct is the share of rows to validate on, at least 0 and below 1; found {valid_pct!r}')
+    _check_share(valid_pct)
     gen = None if seed is None else torch.Generator().manual_seed(seed)
     order, cut = torch.randperm(n, generator=gen, dtype=torch.int32 if n < 2**31 else torch.int64).numpy(), int(valid_pct*n)
     return order[cut:], order[:cut]
@@ -27,7 +34,7 @@ def LeaveLastSplitter(
     "Make a splitter that holds out the last `n` ratings of each user; of equal times the later row counts as later"
     if n < 1: raise ValueError(f'n is the number of ratings to hold out of each user, at least 1; found {n!r}')
     def split(df):
-        by_time = df[user_name].iloc[np.argsort(_column(df, time_name), kind='stable')].groupby(df[user_name], sort=False)
+        by_time = df[user_name].iloc[np.argsort(_times(df, time_name), kind='stable')].groupby(df[user_name], sort=False)
         from_end, total = by_time.cumcount(ascending=False), by_time.transform('size')
         last = ((from_end < n) & (total > n)).loc[df.index].to_numpy()
         return np.flatnonzero(~last), np.flatnonzero(last)
@@ -39,8 +46,9 @@ def TimeSplitter(
     time_name:str='timestamp',  # Column to sort by
 ):
     "Make a splitter that trains on the past and validates on the latest rows"
+    _check_share(valid_pct)
     def split(df):
-        order, cut = np.argsort(_column(df, time_name), kind='stable'), len(df) - int(valid_pct*len(df))
+        order, cut = np.argsort(_times(df, time_name), kind='stable'), len(df) - int(valid_pct*len(df))
         return order[:cut], order[cut:]
     return split
 
@@ -62,6 +70,16 @@ def _column(df, name):
     "Values of a column that a splitter needs"
     if name not in df: raise ValueError(f'the splitter needs a column {name!r}, found {list(df.columns)}: name another')
     return df[name].to_numpy()
+
+
+def _times(df, name):
+    "Values of a column that can be put in order: numbers or times, none missing"
+    values, times = _column(df, name), df[name]
+    if (missing := times.isna().to_numpy()).any():
+        raise ValueError(f'{missing.sum()} rows have no {name}, the first is row {missing.argmax()}: leave them out with ratings.dropna(subset=[{name!r}])')
+    kinds = (pd.api.types.is_numeric_dtype, pd.api.types.is_datetime64_any_dtype, pd.api.types.is_timedelta64_dtype)
+    if any(is_kind(times) for is_kind in kinds): return values
+    raise TypeError(f'{name} should hold numbers or times, found {times.dtype}, as in {values[0]!r}: convert it, as with pd.to_datetime(ratings[{name!r}])')
 
 # %% ../nbs/collab_deep/02_splits.ipynb #c014
 def split_rows(
