@@ -171,6 +171,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                             'collab_deep/learner.py'),
                                      'collab_deep.learner.CollabLearner.get_preds': ( 'collab_deep/learner.html#collablearner.get_preds',
                                                                                       'collab_deep/learner.py'),
+                                     'collab_deep.learner.CollabLearner.ranks': ( 'collab_deep/learner.html#collablearner.ranks',
+                                                                                  'collab_deep/learner.py'),
                                      'collab_deep.learner.FillUnknown': ('collab_deep/learner.html#fillunknown', 'collab_deep/learner.py'),
                                      'collab_deep.learner.FillUnknown.after_fit': ( 'collab_deep/learner.html#fillunknown.after_fit',
                                                                                     'collab_deep/learner.py'),

@@ -36,11 +36,12 @@ def _from_frame(rec, ratings, rated):
 # %% ../nbs/collab_deep/11_evaluate.ipynb #c009
 def evaluate_ratings(
     learn,                      # A learner, or a `Recommender`
-    ratings:pd.DataFrame=None,  # Held-out ratings; the learner's validation part if not given
+    ratings:pd.DataFrame=None,  # Held-out ratings, where features of new ids count; the learner's validation part if not given, where new ids are average ones
 )->pd.DataFrame: # `mse`, `rmse`, `mae`: their `value`, `std_error`, and the value for the mean rating of training
     "How far predicted ratings are off; ids that training did not have count too"
     rec = as_recommender(learn)
     if rec.rating is None: raise ValueError('the model was trained on interactions without ratings, so it predicts none: see evaluate_ranking')
+    if rec.ranks: raise ValueError('the model was trained for the order of lists, so it predicts no ratings: see evaluate_ranking')
     pairs, y = _held_out(learn, ratings)
     if not len(y): raise ValueError('expected held-out ratings to evaluate on, found none')
     model, constant = (_errors(p.double() - y.double()) for p in (pair_scores(rec, pairs), torch.full_like(y, rec.mean)))

@@ -36,12 +36,14 @@ def fold_row(
 # %% ../nbs/collab_deep/08_fold_in.ipynb #c011
 def fold_in(
     learn,                 # A learner on `RatingsDataLoaders`, or another object with `model` and `dls.encode`
-    ratings,               # Ratings by item, as a dict; or a list of items that were taken
+    ratings,               # Ratings by item, as a dict, which a model that ranks refuses; or a list of items that were taken
     features:Tensor=None,  # Features of the newcomer, for models that use them
     decay:float=10.,       # Penalty for leaving the average user
 )->Tensor:                 # Row for `model.scores_of`, [d]; KeyError for an item that training did not see
     "Find the row of a newcomer without training again"
     items = list(ratings)
+    if items and isinstance(ratings, dict) and getattr(learn, 'ranks', False):
+        raise ValueError(f'the model was trained for the order of lists and has no ratings to compare with: give the items that were taken alone, as in {set(items[:2])!r}; found {ratings}')
     idx = learn.dls.encode([None]*len(items), items)[:,1]
     new = (idx == 0) | (idx >= learn.model.n_items)  # rows from n_items on have features alone
     if new.any(): raise KeyError(f'{items[new.nonzero()[0,0]]!r} was not in training: leave it out, nothing can be learned from it')

@@ -62,7 +62,10 @@ class FillUnknown(Callback):
 
 
 class CollabLearner(Learner):
-    "fastai's `Learner`, which also predicts a single pair"
+    "fastai's `Learner`, which also predicts a single pair, and says whether it `ranks`"
+    @property
+    def ranks(self): return self.loss_func in (bpr_loss, softmax_loss)  # then scores have an order and are no ratings
+
     def get_preds(self, ds_idx=1, dl=None, reorder=True, **kwargs):
         "As in fastai, which takes the prediction of a single pair for a tuple of one and then fails to put it in order"
         dl = dl if dl is not None else self.dls[ds_idx].new(shuffle=False, drop_last=False)

@@ -57,6 +57,7 @@ class Recommender:
     item_counts:Tensor   # Training ratings of each item
     user_counts:Tensor   # Training ratings of each user
     mean:float           # Of the training ratings
+    ranks:bool=False     # Trained for the order of lists? Then scores are no ratings
 
     @property
     def dls(self): return self  # so that what reads `learn.dls` can read this
@@ -107,7 +108,7 @@ def as_recommender(
     dls = learn.dls
     if not hasattr(dls, 'seen'): return Recommender(_our_model(learn.model), **_from_fastai(dls))
     classes = {name: list(dls.classes[name]) for name in (dls.user, dls.item)}
-    return Recommender(_our_model(learn.model), classes, dls.rating, dls.seen, dls.item_counts, dls.user_counts, dls.mean)
+    return Recommender(_our_model(learn.model), classes, dls.rating, dls.seen, dls.item_counts, dls.user_counts, dls.mean, getattr(learn, 'ranks', False))
 
 
 def _our_model(model):
@@ -187,7 +188,7 @@ def top_lists(
 # %% ../nbs/collab_deep/10_recommend.ipynb #c019
 def recommend(
     learn,                           # A learner, or a `Recommender`
-    users,                           # A user's id, or a list, array or Series of them; a dict {item: rating} for someone new, or a set of items that they took
+    users,                           # A user's id, or a list, array or Series of them; a dict {item: rating} for someone new, or a set of items that they took, which is what a model that ranks knows
     k:int=10,                        # Items for each user
     exclude_seen:bool=True,          # Leave out what the user has rated in training?
     filter:Callable|Collection=None, # Which items may be recommended: a function of the id, or a collection of ids
@@ -234,7 +235,7 @@ def predict(
     rec = as_recommender(learn)
     if isinstance(users, pd.DataFrame):
         if missing := [o for o in (rec.user, rec.item) if o not in users]: raise ValueError(f'expected columns {missing}, found {list(users.columns)}')
-        return pd.Series(pair_scores(rec, rec.encode(users[rec.user], users[rec.item])).numpy(), users.index, name=rec.rating or 'score')
+        return pd.Series(pair_scores(rec, rec.encode(users[rec.user], users[rec.item])).numpy(), users.index, name='score' if rec.ranks else rec.rating or 'score')
     if items is None: raise TypeError(f'expected a user and an item, or a DataFrame; found only {users!r:.60}')
     return float(pair_scores(rec, rec.encode([users], [items]))[0])
 

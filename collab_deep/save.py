@@ -55,7 +55,7 @@ def _description(rec):
         if odd := [o for o in ids if type(o) not in (int, str, float, bool)]:
             raise TypeError(f'{name} holds the id {odd[0]!r}, a {type(odd[0]).__name__}: JSON keeps numbers and text, so convert the column before training')
     model = dict(name=type(rec.model).__name__, settings=rec.model.settings)
-    return dict(format=_FORMAT, version=_VERSION, written_by=__version__, model=model, classes=rec.classes, rating=rec.rating, mean=rec.mean)
+    return dict(format=_FORMAT, version=_VERSION, written_by=__version__, model=model, classes=rec.classes, rating=rec.rating, mean=rec.mean, ranks=rec.ranks)
 
 
 def _signed(description):
@@ -90,7 +90,7 @@ def load(
     tensors = safetensors.load(numbers)
     model, data = ({name.partition('.')[2]: o for name, o in tensors.items() if name.startswith(part)} for part in ('model.', 'data.'))
     return Recommender(_build(said['model'], model, models), said['classes'], said['rating'], (data['seen_starts'], data['seen_items'].long()),
-                       data['item_counts'], data['user_counts'], said['mean'])
+                       data['item_counts'], data['user_counts'], said['mean'], said.get('ranks', False))
 
 
 def _read(folder):

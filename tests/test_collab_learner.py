@@ -13,11 +13,13 @@ from fastai.torch_core import set_seed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collab_deep.evaluate import evaluate_ranking
+from collab_deep.evaluate import evaluate_ranking, evaluate_ratings
 from collab_deep.implicit import NegativeSampler, bpr_loss
 from collab_deep.learner import FusedAdamW, KeepBest, RankingMetric, collab_deep_learner, collab_ensemble, scaled
 from collab_deep.loaders import RatingsDataLoaders
 from collab_deep.models import DotProduct, DotProductBias, EmbeddingNN
+from collab_deep.recommend import as_recommender, predict, recommend
+from collab_deep.save import load, save
 
 STARS = (0, 5.5)
 
@@ -184,6 +186,17 @@ def test_no_share_of_softmax_is_above_one(clicks, kwargs):
         def after_pred(self): self.highest = max(self.highest, self.pred.max().item())
     learn = fit(collab_deep_learner(clicks, 8, loss='softmax', lr=.3, cbs=Shares(), **kwargs), 6)
     assert -math.inf < learn.shares.highest <= 0 and learn.recorder.values[-1][0] > 0
+
+
+@pytest.mark.parametrize('loss', ['bpr', 'softmax'])
+def test_scores_of_a_ranking_pass_for_no_ratings(dls, df, loss, tmp_path):
+    for rec in (learn := collab_deep_learner(dls, 4, loss=loss), as_recommender(learn), load(save(learn, tmp_path))):
+        with pytest.raises(ValueError, match='trained for the order of lists, so it predicts no ratings'): evaluate_ratings(rec, df)
+        with pytest.raises(ValueError, match=r'give the items that were taken alone, as in \{3\}; found \{3: 5.0\}'): recommend(rec, {3: 5.})
+        assert predict(rec, df[:2]).name == 'score' and len(recommend(rec, {3})) == 10
+        assert evaluate_ranking(rec, 10, 4, df).value.recall >= 0                     # held-out ratings still say what is relevant
+    assert predict(load(save(collab_deep_learner(dls, 4), tmp_path)), df[:2]).name == 'rating'
+    assert collab_ensemble(dls, 1, 2, loss=loss).ranks
 
 
 def test_metric_is_evaluate_rankings(clicks):
