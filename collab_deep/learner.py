@@ -24,7 +24,7 @@ from .evaluate import evaluate_ranking
 from .factor_model import FactorModel, factor_model
 from .implicit import BPRCallback, NegativeSampler, SoftmaxCallback, bpr_loss, softmax_loss
 from .loaders import RatingsDL
-from .models import DotProductBias, EmbeddingNN
+from .models import CollabModel, DotProductBias, EmbeddingNN
 
 # %% ../nbs/collab_deep/06_learner.ipynb #c007
 class FusedAdamW(OptimWrapper):
@@ -102,7 +102,7 @@ def collab_deep_learner(
     config:dict=None,      # Further arguments of the model
     y_range:tuple=None,    # Lowest and highest rating that can be predicted
     loss:str='mse',        # 'mse' for ratings, 'bpr' or 'softmax' for rankings
-    model=None,            # A model of your own, or 'factor' for a `factor_model` on `dls`
+    model=None,            # A `CollabModel` of your own, or 'factor' for a `factor_model` on `dls`
     lr:float=None,         # Learning rate; `scaled` to the batch size if not given
     wd:float=None,         # Weight decay; `scaled` to the batch size if not given
     cbs=None,              # Callbacks
@@ -114,6 +114,7 @@ def collab_deep_learner(
     factor = model == 'factor'
     if factor: model = factor_model(dls, n_factors, y_range, **config)
     elif model is None: model = _model(dls, n_factors, use_nn, emb_szs, layers, y_range, loss, config)
+    if not isinstance(model, CollabModel): raise TypeError(f"model is 'factor' or a CollabModel of your own; found {model!r:.60}")
     auto = scaled(dls.train.bs, *((6e-3, .315) if factor else ()))
     for_loss = dict(mse=list, softmax=lambda: [SoftmaxCallback()], bpr=lambda: [BPRCallback(NegativeSampler(dls.seen, dls.n_items))])[loss]()
     learn = CollabLearner(dls, model, _losses[loss], opt_func=partial(_fused_adamw, model), lr=auto[0] if lr is None else lr,
@@ -172,10 +173,13 @@ def collab_ensemble(
     epochs:int,     # Epochs of each member, by `fit_one_cycle`
     n:int=5,        # Members
     seed:int=0,     # Seed of the first, the others count on
-    **kwargs,       # For `collab_deep_learner`
+    **kwargs,       # For `collab_deep_learner`, a `model` of your own excepted
 )->CollabLearner:
     "A learner whose model is the mean of `n` that were trained from different seeds"
     if n < 1: raise ValueError(f'n is the number of members, at least 1; found {n!r}')
+    if isinstance(model := kwargs.get('model'), nn.Module):
+        raise TypeError(f'members start from different seeds, and this {type(model).__name__} has started: say how to make one by n_factors, use_nn or config, '
+                        f"or model='factor'. Models that were trained apart become one by Ensemble.of")
     def train(i):
         set_seed(seed+i)
         learn = collab_deep_learner(dls, **kwargs)
