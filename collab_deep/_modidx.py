@@ -7,6 +7,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'collab_deep.cli._check_out': ('collab_deep/cli.html#_check_out', 'collab_deep/cli.py'),
                                  'collab_deep.cli._learner': ('collab_deep/cli.html#_learner', 'collab_deep/cli.py'),
                                  'collab_deep.cli._print_version': ('collab_deep/cli.html#_print_version', 'collab_deep/cli.py'),
+                                 'collab_deep.cli._rehearse': ('collab_deep/cli.html#_rehearse', 'collab_deep/cli.py'),
                                  'collab_deep.cli._summary': ('collab_deep/cli.html#_summary', 'collab_deep/cli.py'),
                                  'collab_deep.cli._told': ('collab_deep/cli.html#_told', 'collab_deep/cli.py'),
                                  'collab_deep.cli._write': ('collab_deep/cli.html#_write', 'collab_deep/cli.py'),

@@ -130,6 +130,7 @@ def train(
     with _told(OSError, ValueError, TypeError):
         df = pd.read_csv(ratings)
         learn = _learner(df, item or ('title' if 'title' in df else 'item'), loss.value, factors, bs, seed)
+        _rehearse(learn, out, relevant)
         learn.fit_one_cycle(epochs)
         _write_results(learn, out, loss.value, relevant)
 
@@ -146,6 +147,13 @@ def _learner(df, item, loss, factors, bs, seed):
     return collab_deep_learner(dls, factors, y_range=(dls.y_min - .5, dls.y_max + .5) if loss == 'mse' else None, loss=loss)
 
 
+def _rehearse(learn, out, relevant):
+    "What would fail after training fails before it: lists that cannot be measured, a folder that cannot be made"
+    from collab_deep.evaluate import evaluate_ranking
+    evaluate_ranking(learn, 10, relevant)
+    out.mkdir(parents=True, exist_ok=True)
+
+
 def _write_results(learn, out, loss, relevant):
     "Measure, write the folder, and say what it holds"
     from collab_deep.evaluate import evaluate_ranking, evaluate_ratings
@@ -154,7 +162,7 @@ def _write_results(learn, out, loss, relevant):
     from collab_deep.save import save
     rec = as_recommender(learn)
     busiest = rec.users[rec.user_counts.argmax()]
-    tables = [evaluate_ranking(learn, 10, relevant)] + [evaluate_ratings(learn)]*(loss == 'mse')
+    tables = [evaluate_ranking(learn, 10, relevant)] + ([evaluate_ratings(learn)] if loss == 'mse' else [])
     for o in tables: typer.echo('\n' + o.to_string(float_format='{:.4f}'.format, na_rep=''))
     save(learn, out)
     write_report(learn, out/'report.html', busiest, threshold=relevant)

@@ -78,9 +78,12 @@ def evaluate_ranking(
     "How good lists of `k` are, and whether they are better than the most rated items; what a user has in training is left out"
     rec, k = as_recommender(learn), list_length(k)
     if threshold is not None and rec.rating is None: raise ValueError('interactions without ratings have no threshold: leave it out, and all are relevant')
-    relevant, n_relevant = _relevant(rec, *_held_out(learn, ratings, rated=threshold is not None), threshold)
+    pairs, y = _held_out(learn, ratings, rated=threshold is not None)
+    relevant, n_relevant = _relevant(rec, pairs, y, threshold)
     users = n_relevant.nonzero()[:, 0]
-    if not len(users): raise ValueError('no user who is known from training has a relevant item held out, so there is no list to measure')
+    if not len(users):
+        found = f'{len(y):,} held-out rows' + ('' if threshold is None or not len(y) else f', rated up to {y.max():g}, with the threshold at {threshold:g}')
+        raise ValueError(f'no user who is known from training has a relevant item held out, so there is no list to measure; found {found}')
     popularity = rec.item_counts.float()
     model, popular = (_measure(rec, users, k, relevant, n_relevant, score) for score in (None, lambda rows: popularity.repeat(len(rows), 1)))
     res = model.assign(popularity=popular.value)

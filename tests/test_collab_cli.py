@@ -119,3 +119,14 @@ def test_train_refuses(trained, tmp_path):
     (tmp_path/'bad.csv').write_text('user,title,rating\n1,a,5\n2,b,\n')
     done = run(COMMAND, 'train', '--ratings', tmp_path/'bad.csv', '--out', tmp_path/'new')
     assert done.returncode == 1 and 'Error: 1 values of rating are not finite' in done.stderr and 'Traceback' not in done.stderr and not (tmp_path/'new').exists()
+
+
+def test_train_refuses_before_it_trains(trained, tmp_path):
+    _, folder = trained
+    pd.DataFrame(dict(user=[1, 2, 3], item=[1, 2, 3], rating=[1, 2, 3])).to_csv(tmp_path/'tiny.csv', index=False)
+    pd.read_csv(folder/'r.csv')[['user', 'item']].to_csv(tmp_path/'taken.csv', index=False)
+    for ratings, out, more, message in [
+            (tmp_path/'taken.csv', 'new', ['--relevant', 3], 'interactions without ratings have no threshold'),
+            (tmp_path/'tiny.csv', 'new', [], 'found 0 held-out rows'), (folder/'r.csv', 'tiny.csv/new', [], 'Not a directory')]:
+        done = run(COMMAND, 'train', '--ratings', ratings, '--out', tmp_path/out, '--epochs', 99999, *more, timeout=60)
+        assert done.returncode == 1 and message in done.stderr and 'Traceback' not in done.stderr and not (tmp_path/'new').exists(), done.stderr
