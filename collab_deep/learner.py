@@ -24,7 +24,7 @@ from .evaluate import evaluate_ranking
 from .factor_model import FactorModel, factor_model
 from .implicit import BPRCallback, NegativeSampler, SoftmaxCallback, bpr_loss, softmax_loss
 from .loaders import RatingsDL
-from .models import CollabModel, DotProductBias, EmbeddingNN
+from .models import CollabModel, DotProductBias, EmbeddingNN, _range
 
 # %% ../nbs/collab_deep/06_learner.ipynb #c007
 class FusedAdamW(OptimWrapper):
@@ -79,6 +79,7 @@ _losses = {'mse': nn.MSELoss(), 'bpr': bpr_loss, 'softmax': softmax_loss}
 
 def _check(dls, loss, y_range):
     "`ValueError` for a loss that `dls` or `y_range` does not suit"
+    _range(y_range)  # refuses what is no range
     if loss not in _losses: raise ValueError(f'loss is one of {list(_losses)}, found {loss!r}')
     if loss == 'mse' and dls.rating is None: raise ValueError("interactions without ratings have nothing to compare with: choose loss='bpr' or 'softmax', found 'mse'")
     if loss != 'mse' and y_range is not None: raise ValueError(f'a ranking has no range: leave y_range out with loss={loss!r}, found {y_range!r}')
@@ -106,10 +107,12 @@ def collab_deep_learner(
     lr:float=None,         # Learning rate; `scaled` to the batch size if not given
     wd:float=None,         # Weight decay; `scaled` to the batch size if not given
     cbs=None,              # Callbacks
+    opt_func=None,         # Optimizer, as for `Learner`; `FusedAdamW` if not given
     **kwargs,              # For `Learner`
 )->CollabLearner:
     "Make a learner for `dls`; `fit_one_cycle(5)` is then well set"
     _check(dls, loss, y_range)
+    if 'loss_func' in kwargs: raise TypeError(f"loss_func follows from loss, one of {list(_losses)}: choose that, or give a model and your own loss to fastai's Learner; found {kwargs['loss_func']!r:.60}")
     config = dict(config or {})
     factor = model == 'factor'
     if factor: model = factor_model(dls, n_factors, y_range, **config)
@@ -117,7 +120,7 @@ def collab_deep_learner(
     if not isinstance(model, CollabModel): raise TypeError(f"model is 'factor' or a CollabModel of your own; found {model!r:.60}")
     auto = scaled(dls.train.bs, *((6e-3, .315) if factor else ()))
     for_loss = dict(mse=list, softmax=lambda: [SoftmaxCallback()], bpr=lambda: [BPRCallback(NegativeSampler(dls.seen, dls.n_items))])[loss]()
-    learn = CollabLearner(dls, model, _losses[loss], opt_func=partial(_fused_adamw, model), lr=auto[0] if lr is None else lr,
+    learn = CollabLearner(dls, model, _losses[loss], opt_func=opt_func or partial(_fused_adamw, model), lr=auto[0] if lr is None else lr,
                           wd=auto[1] if wd is None else wd, cbs=L(FillUnknown(), *for_loss) + L(cbs), **kwargs)
     return learn.remove_cb(CastToTensor)  # our batches are plain tensors
 
@@ -151,6 +154,8 @@ class KeepBest(TrackerCallback):
         self.patience = patience
 
     def before_fit(self):
+        if self.monitor not in (names := list(self.recorder.metric_names[1:])):
+            raise ValueError(f"the training table has no column {self.monitor!r} to watch, found {names}: give the learner such a metric, as metrics=RankingMetric() for 'ndcg_at_10'")
         super().before_fit()
         self.training_began = False  # `validate` also calls `before_fit`
 

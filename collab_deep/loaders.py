@@ -29,6 +29,8 @@ def _columns(df, user_name, item_name, rating_name, implicit):
     for name, what in zip(names, ('users', 'items', 'ratings')):
         if name not in df and (name, what) != (None, 'ratings'):
             raise ValueError(f'expected a column {name!r} for the {what}, found {list(df.columns)}')
+    if not rating_name and str(names[2]).lower() in ('timestamp', 'time', 'date'):
+        raise ValueError(f'the third column, {names[2]!r}, would be read as ratings: give implicit=True if there are none, else name them with rating_name; found {list(df.columns)}')
     if len(set(names)) < 3: raise ValueError(f'users, items and ratings are three columns, found {names}: name them with user_name, item_name, rating_name')
     return names
 
@@ -47,8 +49,9 @@ def _check_ratings(df, user, item, rating, duplicates):
 def _check_ids(ids):
     if ids.isna().any():
         raise ValueError(f'{ids.isna().sum()} rows have no {ids.name}, the first is row {ids.isna().argmax()}: leave them out with ratings.dropna()')
-    if ids.dtype == object and (kind := pd.api.types.infer_dtype(ids)).startswith('mixed'):
-        raise TypeError(f'{ids.name} holds ids of mixed types, {sorted({type(o).__name__ for o in ids})}, so that 1 and "1" would be two: '
+    values = ids.cat.remove_unused_categories().cat.categories if isinstance(ids.dtype, pd.CategoricalDtype) else ids
+    if values.dtype == object and pd.api.types.infer_dtype(values).startswith('mixed'):
+        raise TypeError(f'{ids.name} holds ids of mixed types, {sorted({type(o).__name__ for o in values})}, so that 1 and "1" would be two: '
                         f"convert them, as with ratings.astype({{{ids.name!r}: str}})")
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.losses import MSELossFlat
+from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -77,6 +78,19 @@ def test_defaults_fit_the_batch(df):
         learn = collab_deep_learner(RatingsDataLoaders.from_df(df, bs=bs, device='cpu'), y_range=STARS)
         assert (learn.lr, learn.wd) == scaled(bs)
     assert collab_deep_learner(learn.dls, lr=.1, wd=0.).wd == 0
+
+
+def test_an_optimizer_of_your_own(dls):
+    "SGD for one epoch: what a plain Learner of fastai does"
+    def trained(make):
+        set_seed(1)
+        model = DotProductBias(dls.n_users, dls.n_items, 5, STARS)
+        learn = make(model)
+        set_seed(2)
+        learn.fit(1)
+        return learn.model.user_factors[1:]
+    theirs = trained(lambda model: Learner(dls, model, loss_func=MSELossFlat(), opt_func=SGD, lr=.5, wd=.01))
+    torch.testing.assert_close(trained(lambda model: collab_deep_learner(dls, model=model, opt_func=SGD, lr=.5, wd=.01)), theirs)
 
 
 def test_biases_of_layers_do_not_decay(dls):
