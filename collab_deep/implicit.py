@@ -6,6 +6,8 @@
 __all__ = ['NegativeSampler', 'bpr_loss', 'BPRCallback', 'SoftmaxCallback', 'softmax_loss']
 
 # %% ../nbs/collab_deep/07_implicit.ipynb #c003
+import warnings
+
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
@@ -77,9 +79,12 @@ class SoftmaxCallback(Callback):
     def after_pred(self):
         if hasattr(self, 'gather_preds') or not len(self.yb): return
         x = self.xb[0]
+        known = (x[:,1] > 0).float()
+        if not self.training and not known.any():
+            warnings.warn(f'training has none of the items of {len(x):,} validation rows, so their loss is NaN: hold out other rows, or watch a RankingMetric')
         users, which = x[:,0].unique(return_inverse=True)
         shares = self.model.scores(users)[:,1:].log_softmax(1)  # not from `pred`: batch norm of pairs gives them another score
-        self.learn.pred, self.learn.yb = shares[which, (x[:,1]-1).clamp(min=0)], ((x[:,1] > 0).float(),)
+        self.learn.pred, self.learn.yb = shares[which, (x[:,1]-1).clamp(min=0)], (known,)
 
 
 def softmax_loss(

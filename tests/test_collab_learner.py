@@ -21,6 +21,7 @@ from collab_deep.loaders import RatingsDataLoaders
 from collab_deep.models import DotProduct, DotProductBias, EmbeddingNN
 from collab_deep.recommend import as_recommender, predict, recommend
 from collab_deep.save import load, save
+from collab_deep.splits import GroupSplitter
 
 STARS = (0, 5.5)
 
@@ -200,6 +201,12 @@ def test_no_share_of_softmax_is_above_one(clicks, kwargs):
         def after_pred(self): self.highest = max(self.highest, self.pred.max().item())
     learn = fit(collab_deep_learner(clicks, 8, loss='softmax', lr=.3, cbs=Shares(), **kwargs), 6)
     assert -math.inf < learn.shares.highest <= 0 and learn.recorder.values[-1][0] > 0
+
+
+def test_softmax_warns_that_new_items_have_no_share(df):
+    clicks = RatingsDataLoaders.from_df(df, implicit=True, splits=GroupSplitter('item', .3, seed=0), bs=32, device='cpu')
+    with pytest.warns(UserWarning, match=f'training has none of the items of {len(clicks.valid_ds)} validation rows, so their loss is NaN'): learn = fit(collab_deep_learner(clicks, 4, loss='softmax'))
+    assert math.isnan(learn.recorder.values[-1][1]) and weights(learn.model).isfinite().all()
 
 
 @pytest.mark.parametrize('loss', ['bpr', 'softmax'])
