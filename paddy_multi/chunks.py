@@ -116,4 +116,9 @@ def learner_chunk_loss(
     "`chunk_loss` for the loss and the batch of `learn`, mixed labels included"
     loss,yb = learn.loss_func,learn.yb
     if mix := next((cb for cb in learn.cbs if isinstance(cb, MixHandler) and cb.stack_y), None): return _mixed(mix, yb), True
-    return chunk_loss(loss, *yb), hasattr(loss, 'parts') or isinstance(loss, CombinedLoss) or _is_cross_entropy(loss)
+    return chunk_loss(loss, *yb), _adds_up(loss)
+
+def _adds_up(loss):
+    "Whether `loss` is known to be the sum of its chunks' parts; any other has to be compared"
+    if isinstance(loss, CombinedLoss): return all(_adds_up(one.loss) for one in loss.losses.values() if one)
+    return hasattr(loss, 'parts') or _is_cross_entropy(loss)

@@ -35,17 +35,24 @@ def _stop(message:str, code:int=1):
     raise typer.Exit(code)
 
 # %% ../nbs/paddy_multi/90_cli.ipynb #c008
+_results = 'report.html', 'predictions.csv', 'model.pkl'
+
 def _settings(out, given, resume, overwrite):
     "Settings of the run in `out`: those it began with, or those `given`"
     file = out/'settings.json'
     if resume:
         if not (out/'checkpoint.json').is_file(): raise typer.BadParameter(f'{out} holds no checkpoint to go on from', param_hint='--resume')
         return json.loads(file.read_text())
-    if file.exists() and not overwrite: raise typer.BadParameter(f'{out} holds results: choose another folder, add --overwrite, or --resume to go on with a run', param_hint='--out')
+    if any((out/o).exists() for o in ('checkpoint.json', *_results)) and not overwrite: raise typer.BadParameter(f'{out} holds results: choose another folder, add --overwrite, or --resume to go on with a run', param_hint='--out')
     if out.exists() and not out.is_dir(): raise typer.BadParameter(f'{out} is a file: name a folder', param_hint='--out')
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ('checkpoint.json', 'checkpoint.pth'): (out/name).unlink(missing_ok=True)
+    try: out.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise typer.BadParameter(f'{out} cannot be made ({e.strerror}): name another folder', param_hint='--out') from None
     return given
+
+def _begin(out, s):
+    "Write down the settings `s` of a run in `out`; what an earlier one left there would be taken for its own"
+    for name in ('checkpoint.json', 'checkpoint.pth', *_results): (out/name).unlink(missing_ok=True)
+    (out/'settings.json').write_text(json.dumps(s, indent=1))
 
 def _folder(data, out):
     "The folder that `data` means, and where it comes from"
@@ -67,6 +74,9 @@ def _learner(s, folder):
     # Digits are not mirrored: a 2 would stop being one, and its slant would change sides
     aug = [] if s['data'] == 'digits' else aug_transforms()
     dls = folder_dls(folder, s['targets'], seed=s['seed'], bs=s['bs'], num_workers=0, item_tfms=Resize(s['size'], method='squish'), batch_tfms=aug)
+    names = dls.targets.names
+    if clash := [n for n in names if n.endswith('_label') and n[:-len('_label')] in names]: raise ValueError(f'{clash[0]} is what the label of {clash[0][:-len("_label")]} is called in predictions.csv: rename the column')
+    if not len(dls.valid_ds): raise ValueError(f'{len(dls.train_ds)} pictures are too few to hold any out for validation: give at least 5')
     return multi_target_learner(dls, s['arch'], pretrained=s['pretrained'])
 
 # %% ../nbs/paddy_multi/90_cli.ipynb #c009
@@ -85,13 +95,13 @@ def _write_results(learn, rows, out, notes):
     write_report(learn, out/'report.html', rows, 'Multi-target training', notes)
     typer.echo(f'\nOf {len(files)} pictures that the model has not been trained on:')
     last = rows.iloc[-1]
-    for t in table: typer.echo(f'  {t.name}: {_summary(t, labels[t.name], last)}')
+    for t, metric in zip(table, table.metrics()): typer.echo(f'  {t.name}: {_summary(t, metric.name, labels[t.name], last[metric.name])}')
     typer.echo(f'{out}: report.html, predictions.csv, model.pkl')
 
-def _summary(t, labels, last):
-    "The target's first metric, beside what the commonest label or the mean would give"
+def _summary(t, name, labels, value):
+    "The target's metric, beside what the commonest label or the mean would give"
     labels = labels.dropna()
-    name,value = next((k, v) for k, v in last.items() if k.startswith(f'{t.name}_') and not k.endswith('_loss'))
+    if labels.empty: return 'no validation item has a label'
     if t.kind == 'category': return f'{name} {value:.3f} (always saying the commonest: {1-labels.value_counts(normalize=True).max():.3f})'
     if t.kind == 'regression': return f'{name} {value:.3g} (always saying the mean: {(labels-t.mean).abs().mean():.3g})'
     return f'{name} {value:.3f}'
@@ -123,11 +133,15 @@ def train(
         folder, note = _folder(s['data'], out)
         learn = _learner(s, folder)
     except (OSError, KeyError, ValueError, RuntimeError) as e: _stop(f'Error: {e.args[0] if isinstance(e, KeyError) else e}')
-    (out/'settings.json').write_text(json.dumps(s, indent=1))
-    typer.echo(f'{len(learn.dls.train_ds)} pictures to train on, {len(learn.dls.valid_ds)} to validate. {note}\n\n{learn.dls.targets}\n')
     from paddy_multi.training import fine_tune_kept
-    try: rows = fine_tune_kept(learn, s['epochs'], s['lr'], out, resume)
-    except KeyboardInterrupt: _stop(f'\nStopped. Finished epochs are kept: go on with paddy-multi train --resume --out {out}', 130)
+    try:
+        if not resume: _begin(out, s)
+        typer.echo(f'{len(learn.dls.train_ds)} pictures to train on, {len(learn.dls.valid_ds)} to validate. {note}\n\n{learn.dls.targets}\n')
+        rows = fine_tune_kept(learn, s['epochs'], s['lr'], out, resume)
+    except KeyboardInterrupt:
+        kept = f'Finished epochs are kept: go on with paddy-multi train --resume --out {out}' if (out/'checkpoint.json').exists() else 'No epoch was finished, so nothing is kept.'
+        _stop(f'\nStopped. {kept}', 130)
+    except OSError as e: _stop(f'Error: {e}')  # a picture that cannot be read, or a full disk
     _write_results(learn, rows, out, [note, f'{s["arch"]}, {s["epochs"]} epochs, {s["size"]} pixels, seed {s["seed"]}.'])
 
 # %% ../nbs/paddy_multi/90_cli.ipynb #cacc1

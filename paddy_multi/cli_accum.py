@@ -44,7 +44,7 @@ def _takes_size(arch):
 def _sides(size):
     "Height and width from '224' or '320x240'; `ValueError` for anything else"
     parts = size.lower().split('x')
-    if len(parts) > 2 or not all(o.isdigit() and int(o) >= 16 for o in parts): raise ValueError(f"expected a size of 16 pixels or more such as 224 or 320x240, found {size!r}")
+    if len(parts) > 2 or not all(o.isdecimal() and int(o) >= 16 for o in parts): raise ValueError(f"expected a size of 16 pixels or more such as 224 or 320x240, found {size!r}")
     return int(parts[0]), int(parts[-1])
 
 # %% ../nbs/paddy_multi/91_cli_accum.ipynb #c009
@@ -63,9 +63,10 @@ def accum_command(
     "Predict the memory of training a model, and how many chunks its batches need to fit a card."
     from paddy_multi.memory import find_accumulation, parse_bytes, predict_memory
     if (out/'accum.json').exists() and not overwrite: raise typer.BadParameter(f'{out} holds results: choose another folder, or add --overwrite', param_hint='--out')
+    if not (there := next(o for o in (out, *out.parents) if o.exists())).is_dir(): raise typer.BadParameter(f'{there} is a file: name a folder', param_hint='--out')
     if opt not in ('adam', 'adamw', 'sgd'): raise typer.BadParameter(f'expected adam, adamw or sgd, found {opt!r}', param_hint='--opt')
     try:
-        parse_bytes(budget), parse_bytes(reserve)
+        parse_bytes(budget), parse_bytes(reserve, least=0)
         learn = _learner(arch, *_sides(size), bs, n_out, opt, fp16)
         memory = predict_memory(learn, [a for a in (1, 2, 4, 8, 16) if a <= bs])
         found = find_accumulation(learn, budget, reserve)

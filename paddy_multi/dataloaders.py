@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 from fastai.data.block import DataBlock
 from fastai.data.core import DataLoaders
-from fastai.data.transforms import GrandparentSplitter, IndexSplitter, RandomSplitter, get_image_files
+from fastai.data.transforms import IndexSplitter, RandomSplitter, get_image_files
 from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock
 
@@ -56,8 +56,8 @@ class MultiTargetDataLoaders(DataLoaders):
         suff:str='', # Text to add to each name, such as '.jpg'
         valid_pct:float=.2, # Share of the validation split
         seed:int=None, # Seed of that split
-        valid_col:str=None, # Column that is true for validation rows, instead of a random split
-        splitter=None, # Function of the list of pictures that gives two lists of indices, instead of a random split
+        valid_col:str=None, # Column that is True for validation rows and False for others, instead of a random split
+        splitter=None, # Function of `df` that gives two lists of positions, such as `StratifiedSplitter('label')`, instead of a random split
         item_tfms=None, # Transforms of an item, such as `Resize(128)`
         batch_tfms=None, # Transforms of a batch
         img_cls=PILImage, # Type of the pictures
@@ -69,10 +69,11 @@ class MultiTargetDataLoaders(DataLoaders):
         if targets is None: raise ValueError(f'expected the label columns, as targets=[...] of {list(df.columns.drop(fn_col))}')
         declared = targets if isinstance(targets, Targets) else Targets.from_df(df, targets, kinds)
         if valid_col and splitter: raise ValueError('give valid_col or splitter, not both')
+        if df.empty: raise ValueError('expected a row a picture, found a table without rows')
         files = match_files(df[fn_col].astype(str)+suff, Path(path)/folder)
-        if valid_col: splitter = IndexSplitter([i for i, o in enumerate(df[valid_col].astype(bool)) if o])
+        if valid_col: splitter = IndexSplitter(_true_rows(df[valid_col], valid_col))
         table = df.assign(**{_file: [str(f) for f in files]})
-        return _build(cls, _looked_up(declared, table), lambda _: files, path, splitter or RandomSplitter(valid_pct, seed=seed), item_tfms, batch_tfms, img_cls, kwargs)
+        return _build(cls, _looked_up(declared, table), lambda _: files, path, (lambda _: splitter(df)) if splitter else RandomSplitter(valid_pct, seed=seed), item_tfms, batch_tfms, img_cls, kwargs)
 
     @classmethod
     def from_csv(cls,
@@ -82,7 +83,7 @@ class MultiTargetDataLoaders(DataLoaders):
         **kwargs, # Passed to `MultiTargetDataLoaders.from_df`
     )->'MultiTargetDataLoaders':
         "From a CSV file beside a folder of pictures"
-        return cls.from_df(pd.read_csv(Path(path)/csv_fname, sep=delimiter or ','), path=path, **kwargs)
+        return cls.from_df(_read_csv(Path(path)/csv_fname, delimiter or ','), path=path, **kwargs)
 
     @classmethod
     def from_folder(cls,
@@ -102,11 +103,34 @@ class MultiTargetDataLoaders(DataLoaders):
         if not isinstance(targets, Targets): raise TypeError(f'expected Targets(name=CategoryTarget(function of a path), ...), found {targets!r}')
         if (train is None) != (valid is None): raise ValueError(f'give both train and valid, or neither; found train={train!r}, valid={valid!r}')
         if not get_image_files(path): raise FileNotFoundError(f'no pictures in {path}')
-        split = splitter or (GrandparentSplitter(train, valid) if train else RandomSplitter(valid_pct, seed=seed))
+        split = splitter or (_by_folder(Path(path), train, valid) if train else RandomSplitter(valid_pct, seed=seed))
         get_items = (lambda p: get_image_files(p, folders=[train, valid])) if train else get_image_files
         return _build(cls, targets, get_items, path, split, item_tfms, batch_tfms, img_cls, kwargs)
 
 _file = '_file'  # column of `match_files`' paths
+
+def _read_csv(file, sep):
+    "The table in `file`; words that pandas reads as a missing value are warned of, since they may be classes"
+    df,text = pd.read_csv(file, sep=sep),pd.read_csv(file, sep=sep, dtype=str, keep_default_na=False)
+    for col in df:
+        if words := set(text[col][df[col].isna()]) - {'', 'NaN', 'nan'}:
+            warnings.warn(f'{col}: {_some(words)} read as a missing label: if it is a class, read the table with pd.read_csv(..., keep_default_na=False, na_values=[""]) and use from_df')
+    return df
+
+def _true_rows(col, name):
+    "Positions where `col` is true; `ValueError` for anything but true and false"
+    if not col.isin([True, False]).all(): raise ValueError(f'{name}: expected True or False in every row, found {_some({o for o in col if o not in (True, False)})}')
+    return [i for i, o in enumerate(col) if o]
+
+def _by_folder(path, train, valid):
+    "A splitter by the first folder below `path`"
+    def _inner(files):
+        first = [Path(f).relative_to(path).parts[0] for f in files]
+        sides = [[i for i, o in enumerate(first) if o == name] for name in (train, valid)]
+        for name, side in zip((train, valid), sides):
+            if not side: raise FileNotFoundError(f'no pictures in {path/name}')
+        return sides
+    return _inner
 
 def _looked_up(declared, table):
     "`declared` with every column looked up by the picture's path"

@@ -63,7 +63,15 @@ class MultiTargetInterpretation(Interpretation):
         "The target of that name; `ValueError` for a kind that is not among `kinds`"
         t = self.targets[target]
         if t.kind not in kinds: raise ValueError(f'{target} is of the kind {t.kind}, expected {" or ".join(kinds)}: use {instead}')
+        if not self.has_labels(target): raise ValueError(f'{target}: no item of this split has a label, so there is nothing to compare with: interpret another split')
         return t
+
+    def has_labels(self,
+        target:str, # Name of a target
+    )->bool:
+        "Whether any item of the split has a label of `target`"
+        t = self.targets[target]
+        return bool(t.valid(self.targs[:,t.cols]).any())
 
 def _as_it_is(x): return x
 
@@ -116,7 +124,7 @@ def classification_report(self:MultiTargetInterpretation,
 def _losses_of(self:MultiTargetInterpretation, target):
     "The loss of each item for `target`, or for all together, NaN without a label"
     if target is None: return self.losses
-    self.targets[target]
+    if not self.has_labels(target): raise ValueError(f'{target}: no item of this split has a label, so none has a loss')
     return self.by_target[:,self.targets.names.index(target)]
 
 @patch
@@ -159,7 +167,8 @@ def joint_errors(self:MultiTargetInterpretation,
 )->pd.DataFrame: # A row per pair: target, given, wrong_if_wrong, wrong_if_right, n_wrong, n_right
     "How often `target` is wrong, given that another target is wrong or right, and the number of items of each; largest difference first"
     off_by = off_by or {}
-    for name in off_by: self._target(name, ('regression',), 'off_by for numbers only')
+    for name in off_by:
+        if self.targets[name].kind != 'regression': raise ValueError(f'{name} is of the kind {self.targets[name].kind}, expected regression: use off_by for numbers only')
     found = {t.name: self._wrong(t, off_by) for t in self.targets}
     rows = [dict(target=a, given=b, **_shares_wrong(*found[a], *found[b])) for a, b in permutations(found, 2)]
     res = pd.DataFrame(rows, columns=['target', 'given', 'wrong_if_wrong', 'wrong_if_right', 'n_wrong', 'n_right'])
@@ -180,7 +189,7 @@ def plot_regression(self:MultiTargetInterpretation,
 )->plt.Axes: # The axes
     "Plot predicted against true numbers in their unit; `KeyError` for an unknown target, `ValueError` for classes"
     t = self._target(target, ('regression',), 'plot_confusion_matrix or classification_report')
-    pred,true = (t.to_units(o[:,0]) for o in self._labelled(target))
+    pred,true = (t.to_units(o[:,0].double()) for o in self._labelled(target))
     ax = ax or plt.subplots(figsize=(4,4))[1]
     ax.scatter(true, pred, **{'s': 8, 'alpha': .5, **kwargs})
     ax.axline((t.mean, t.mean), slope=1, color='grey', lw=1)

@@ -96,7 +96,8 @@ class Target:
         "The mean of `loss` must be its sum over its counts, or a masked mean of it would be something else"
         rng = torch.Generator().manual_seed(0)
         preds,y = torch.randn(16, self.width, generator=rng),_random_rows(self, rng, 16)
-        own, ours = float(self._one(preds, self._for_loss(y))), float(self.losses(preds, y).sum()/self.counts(y).sum())
+        ours = float(self.losses(preds, y).sum()/self.counts(y).sum())  # first, since it brings class weights back that were left on a GPU
+        own = float(self._one(preds, self._for_loss(y)))
         if not math.isclose(own, ours, rel_tol=1e-4): raise ValueError(f'{self.name}: the mean of {self.loss} ({own:.5g}) is not the mean of its items ({ours:.5g}), '
             'so missing labels could not be left out of it: choose another loss, such as nn.CrossEntropyLoss(weight=..., label_smoothing=...)')
 
@@ -138,7 +139,7 @@ class CategoryTarget(Target):
         for o in labels:
             if isinstance(o, float) and not o.is_integer(): raise ValueError(f'{self.name}: {o} is a number rather than a class: use RegressionTarget, or make it text')
             if isinstance(o, Iterable) and not isinstance(o, str): raise ValueError(f'{self.name}: {o!r} holds several labels: use MultiCategoryTarget')
-        return set(labels)
+        return {int(o) if isinstance(o, float) else o for o in labels}  # a gap makes floats of a column of whole numbers
 
     def _fit(self, train, valid):
         seen,new = self._classes(train),self._classes(valid)
@@ -231,7 +232,7 @@ class RegressionTarget(Target):
         self.mean,self.std = float(x.mean()),float(x.std(correction=0))
         if self.std == 0: raise ValueError(f'{self.name}: every training label is {self.mean:g}, so there is nothing to learn: leave the target out')
     def _encode(self, label): return [(self._number(label)-self.mean)/self.std]
-    def _decode(self, row): return float(self.to_units(row[0]))
+    def _decode(self, row): return round(float(row[0])*self.std + self.mean, 6-math.floor(math.log10(self.std)))  # to what float32 holds of the spread
     def to_units(self, x): return x*self.std + self.mean
     def _for_loss(self, y): return y
     def _losses(self, preds, y): return (preds-y)[:,0]**2

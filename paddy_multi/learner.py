@@ -12,12 +12,13 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import TrackerCallback
-from fastai.learner import Learner
+from fastai.learner import Learner, Metric
 from fastai.torch_core import apply_init, params
 from fastai.vision.learner import create_head, vision_learner
 from fastcore.basics import listify
 from torch import Tensor, nn
 
+from .kinds import _random_rows
 from .loss import MultiTargetLoss, learn_weights
 from .metrics import TotalLoss
 
@@ -49,9 +50,10 @@ class CheckTargets(Callback):
             if isinstance(cb, MixedPrecision) and next(self.learn.model.parameters()).device.type == 'cpu' and not torch.cuda.is_available():
                 warnings.warn('mixed precision has no effect on a CPU: training goes on in float32')
 
-def _warn_of_rare_labels(dls, least=3):
-    "A mean over one or two labels a batch is noise that counts as much as a full batch"
+def _check_batches(dls, least=3):
+    "There must be a batch to train on; a mean over one or two labels is noise that counts as much as a full batch, and warned of"
     bs = getattr(dls.train, 'bs', None)
+    if not len(dls.train): raise ValueError(f'{len(dls.train_ds)} training items give no whole batch of {bs}, so nothing would be trained: use bs={len(dls.train_ds)} or less')
     for t in dls.targets:
         if bs and (per := bs*t.n_labels/t.n_train) < least:
             warnings.warn(f'{t.name}: {per:.1f} labels in a batch of {bs} on average, so its gradient is mostly noise: use a larger batch, or lower its weight')
@@ -73,14 +75,25 @@ def multi_target_learner(
     if weighting not in ('fixed', 'uncertainty'): raise ValueError(f"expected weighting 'fixed' or 'uncertainty', found {weighting!r}")
     if kwargs.get('n_out', table.n_out) != table.n_out: raise ValueError(f'the targets need {table.n_out} outputs, found n_out={kwargs["n_out"]}: leave it out')
     kwargs.pop('n_out', None)
-    _warn_of_rare_labels(dls)
-    metrics = table.metrics(**metrics) if isinstance(metrics, dict) else table.metrics() + listify(metrics)
+    _check_batches(dls)
+    metrics = table.metrics(**metrics) if isinstance(metrics, dict) else table.metrics() + _of_all(listify(metrics), table)
     args = dict(loss_func=loss_func or table.loss(), metrics=metrics, cbs=[CheckTargets(), *listify(cbs)], **kwargs)
     learn = _body_learner(dls, arch, head, table, args) if isinstance(arch, nn.Module) else _arch_learner(dls, arch, head, table, args)
     if head is None: replace_head_norm(learn.model[1], head_norm)
     if weighting == 'uncertainty': _learn_weights(learn)
     if isinstance(learn.loss_func, MultiTargetLoss): learn.recorder.loss = TotalLoss(learn.loss_func)
     return learn
+
+def _of_all(metrics, table):
+    "`metrics` of the whole output; a function must be able to take it"
+    for m in metrics:
+        if isinstance(m, Metric): continue
+        rng = torch.Generator().manual_seed(0)
+        preds,targs = torch.randn(4, table.n_out, generator=rng),torch.cat([_random_rows(t, rng, 4) for t in table], 1)
+        name = getattr(m, '__name__', m)
+        try: m(preds, targs)
+        except Exception as e: raise TypeError(f'{name} fails on the output of all targets ({type(e).__name__}): name the target it is for, as in metrics=dict({table.names[0]}={name})') from e
+    return metrics
 
 def _table(dls):
     "The fitted targets of `dls`"
@@ -90,12 +103,24 @@ def _table(dls):
 
 def _arch_learner(dls, arch, head, table, args):
     if arch is None: raise TypeError("expected an architecture, such as 'convnext_atto', resnet18, or a body of your own")
-    return vision_learner(dls, arch, custom_head=head, n_out=table.n_out, **args)
+    try: learn = vision_learner(dls, arch, custom_head=head, n_out=table.n_out, **args)
+    except StopIteration: raise TypeError(f'fastai finds no features to pool in {getattr(arch, "__name__", arch)}: give its body as nn.Module, such as nn.Sequential of its first layers') from None
+    body = learn.model[0]
+    if getattr(getattr(body, 'model', None), 'output_fmt', None) == 'NHWC' and body.needs_pool: learn.model[1].insert(0, _ChannelsFirst())
+    return learn
+
+class _ChannelsFirst(nn.Module):
+    "Feature maps `[bs, h, w, n]`, as Swin gives them, to `[bs, n, h, w]`, as fastai's heads take them"
+    def forward(self, x): return x.permute(0, 3, 1, 2)
+
+class _BodyAndHead(nn.Sequential):
+    "A body of any number of inputs, and a head for its features"
+    def forward(self, *xb): return self[1](self[0](*xb))
 
 def _body_learner(dls, body, head, table, args):
     "A learner for a body of the user's own; its features are counted by running it once"
     if head is None: apply_init(head := _head_for(body, dls, table.n_out), nn.init.kaiming_normal_)
-    return Learner(dls, nn.Sequential(body, head), splitter=args.pop('splitter', _body_and_head), **args)
+    return Learner(dls, _BodyAndHead(body, head), splitter=args.pop('splitter', _body_and_head), **args)
 
 def _head_for(body, dls, n_out):
     "fastai's head for what `body` gives: pooled features `[bs, n]`, or feature maps `[bs, n, h, w]`"
@@ -111,7 +136,8 @@ class _WithLogVars:
     "A splitter that puts the log-variances of `learn_weights` into the last group"
     def __init__(self, splitter): self.splitter = splitter
     def __call__(self, model):
-        *body, head = self.splitter(model)
+        groups = self.splitter(model)
+        *body, head = [groups] if isinstance(groups[0], Tensor) else groups  # fastai's default splitter gives one flat list
         return [*body, [*head, model.log_vars]]
 
 def _learn_weights(learn):

@@ -9,6 +9,7 @@ __all__ = ['parse_bytes', 'predict_memory', 'plot_memory', 'Accumulation', 'find
 import math
 import re
 from dataclasses import dataclass
+from numbers import Real
 
 import pandas as pd
 from torch import Tensor
@@ -20,12 +21,14 @@ _units = dict(b=1, kb=10**3, mb=10**6, gb=10**9, tb=10**12, kib=2**10, mib=2**20
 
 def parse_bytes(
     size:int|float|str, # Bytes as a number, or text such as '16GB' or '15.5 GiB'
+    least:int=1, # Fewest bytes that make sense
 )->int:
     "`size` in bytes, where GB is 10**9 and GiB 2**30; `ValueError` for anything else"
-    text = f'{size}b' if isinstance(size, (int, float)) and not isinstance(size, bool) else str(size)
+    text = f'{size}b' if isinstance(size, Real) and not isinstance(size, bool) else str(size)
     found = re.fullmatch(r'\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*([a-z]+)\s*', text.lower())
-    if not found or found[2] not in _units or not float(found[1]): raise ValueError(f"expected a size such as '16GB', '15.5GiB' or a number of bytes above 0, found {size!r}")
-    return int(float(found[1])*_units[found[2]])
+    res = int(float(found[1])*_units[found[2]]) if found and found[2] in _units else -1
+    if res < least: raise ValueError(f"expected a size such as '16GB', '15.5GiB' or bytes as a number, at least {least}, found {size!r}")
+    return res
 
 # %% ../nbs/paddy_multi/19_memory.ipynb #c010
 def predict_memory(
@@ -82,7 +85,7 @@ def find_accumulation(
     frozen:bool=False, # Predict for what trains now, instead of the whole model?
 )->Accumulation:
     "The fewest chunks with which training `learn` fits `budget`; `ValueError` for a budget that cannot be read"
-    budget,reserve = parse_bytes(budget),parse_bytes(reserve) if reserve else 0
+    budget,reserve = parse_bytes(budget),parse_bytes(reserve, least=0)
     memory = step_memory(learn, device, 'as is' if frozen else 'all')
     sizes = {accum: memory.at(accum)['total'] for accum in _distinct(memory.n)}
     floor = min(sizes.values())

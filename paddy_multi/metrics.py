@@ -14,6 +14,7 @@ import torch
 from fastai.learner import Metric, mk_metric
 from fastai.metrics import accuracy, accuracy_multi, error_rate, mae
 
+from .kinds import _random_rows
 from .loss import _Group
 from .sliced import _metric_name, _OneTarget, _plain
 
@@ -30,7 +31,9 @@ class TargetMetric(Metric):
         target, # Fitted target
         metric, # Function or fastai `Metric`; numbers are compared in their own unit
     ):
+        _check_metric(target, metric)
         self.target,self.metric = target,deepcopy(mk_metric(metric))
+        if target.kind == 'ordinal' and hasattr(self.metric, 'dim_argmax'): self.metric.dim_argmax = None  # its output is decoded already
         self._name = _name_of(target, self.metric)
 
     def reset(self):
@@ -54,6 +57,17 @@ def _labelled(target, learn):
     y = _plain(learn.y)[:,target.cols]
     valid = target.valid(y)
     return _plain(learn.pred)[:,target.out][valid].float(), y[valid], valid
+
+def _check_metric(target, metric):
+    "A function must give a number for the output and labels of `target`; a `Metric` is only made, not called"
+    if isinstance(metric, Metric): return
+    if isinstance(metric, type) or not callable(metric): raise TypeError(f'{target.name}: expected a metric or a function (preds, targs), found {metric!r}')
+    rng = torch.Generator().manual_seed(0)
+    preds,targs = target.for_metric(torch.randn(16, target.width, generator=rng), _random_rows(target, rng, 16))
+    name = getattr(metric, '__name__', metric)
+    try: found = metric(preds, targs)
+    except Exception as e: raise TypeError(f'{target.name}: {name} fails for an output {list(preds.shape)} and labels {list(targs.shape)} ({type(e).__name__}): choose a metric for {target.kind}') from e
+    if isinstance(found, Metric): raise TypeError(f'{target.name}: {name} makes a metric: write {name}()')
 
 def _name_of(target, metric):
     "The name of a metric of `target`; fastai's trackers look for 'error' and 'loss' anywhere in it, the target's own part included"
@@ -97,9 +111,11 @@ _defaults = dict(category=error_rate, multicategory=accuracy_multi, regression=m
 _item_values = {  # of output `[n, width]` and label columns `[n, n_cols]`, for the metrics that are a mean of them
     ('category', error_rate): lambda t, p, y: p.argmax(1) != y[:,0],
     ('category', accuracy): lambda t, p, y: p.argmax(1) == y[:,0],
-    ('multicategory', accuracy_multi): lambda t, p, y: ((p.sigmoid() > .5) == y.bool()).float().mean(1),
+    ('multicategory', accuracy_multi): lambda t, p, y: (t.to_rows(t.activation(p)) == y).float().mean(1),
     ('regression', mae): lambda t, p, y: (p-y)[:,0].abs(),
-    ('ordinal', _rank_error): lambda t, p, y: (t.to_rows(t.activation(p))-y)[:,0].abs()}
+    ('ordinal', _rank_error): lambda t, p, y: (t.to_rows(t.activation(p))-y)[:,0].abs(),
+    ('ordinal', error_rate): lambda t, p, y: (t.to_rows(t.activation(p)) != y)[:,0],
+    ('ordinal', accuracy): lambda t, p, y: (t.to_rows(t.activation(p)) == y)[:,0]}
 
 class _ItemMeans:
     "Sums and counts of one metric for targets of one kind and width"
@@ -114,7 +130,7 @@ def _together(wanted):
     groups,res = {},[]
     for t, m in wanted:
         if (key := (t.kind, m)) not in _item_values: res.append(TargetMetric(t, m)); continue
-        members,sums = groups.setdefault((key, t.width, t.n_cols), ([], _Sums(None)))
+        members,sums = groups.setdefault((key, t.width, t.n_cols, getattr(t, 'thresh', None)), ([], _Sums(None)))
         res.append(TargetMean(_name_of(t, mk_metric(m)), sums, len(members)))
         members.append(t)
     for (key, *_), (members, sums) in groups.items(): sums.parts = _ItemMeans(members, key)

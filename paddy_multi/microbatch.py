@@ -23,10 +23,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .chunks import learner_chunk_loss
 
 # %% ../nbs/paddy_multi/17_microbatch.ipynb #c007
+_pairs = 'it draws what each item is compared with for the whole batch'
 _accumulates,_state,_processes = 'it splits the update too', 'it keeps what one forward pass of a whole batch gave', 'several processes are not supported yet, train on one device'
 _refused = dict(GradientAccumulation=_accumulates, MicroBatch=_accumulates, HookCallback=_state, RNNCallback=_state, RNNRegularizer=_state,
                 ModelResetter='a recurrent model carries its state from batch to batch', GANTrainer='it trains two models in turns',
-                NonNativeMixedPrecision='it scales the loss by itself, use to_fp16()', DistributedTrainer=_processes, ParallelTrainer=_processes)
+                NonNativeMixedPrecision='it scales the loss by itself, use to_fp16()', BPRCallback=_pairs, SoftmaxCallback=_pairs, DistributedTrainer=_processes, ParallelTrainer=_processes)
 
 def _check_learner(learn, me):
     "`ValueError` for a learner that `me` cannot split the batches of"
@@ -117,7 +118,11 @@ class MicroBatch(Callback):
         self.opt.zero_grad()
         raise CancelBatchException
 
-    def _chunks(self): return [slice(i, i+self.bs) for i in range(0, self._n, self.bs)]
+    def _chunks(self):
+        "As few pieces of at most `bs` items as there can be, of even sizes: BatchNorm could do nothing with a last one of a single item"
+        k = math.ceil(self._n/self.bs)
+        ends = [i*self._n//k for i in range(k+1)]
+        return [*map(slice, ends, ends[1:])]
 
 # %% ../nbs/paddy_multi/17_microbatch.ipynb #c017
 @patch

@@ -47,6 +47,7 @@ def _curves(rows):
 def _target_section(interp, t):
     "Confusion of classes, or predicted against true numbers, and the largest losses of one target"
     parts = [f'<h2>{html.escape(t.name)}</h2>']
+    if not interp.has_labels(t.name): return [*parts, '<p class="note">No validation item has a label.</p>']
     if t.kind in ('category', 'ordinal'):
         size = min(3+.4*len(t.vocab), 9)
         interp.plot_confusion_matrix(t.name, figsize=(size, size))

@@ -225,7 +225,7 @@ class _OneTarget:
         if name in ('loss', 'loss_grad'): raise AttributeError(_no_loss)
         return getattr(self._learn, name)
 
-_full = dict(mae='mean_absolute_error', mse='mean_squared_error', _rmse='root_mean_squared_error', rmse='root_mean_squared_error',
+_full = dict(perplexity='perplexity_loss', mae='mean_absolute_error', mse='mean_squared_error', _rmse='root_mean_squared_error', rmse='root_mean_squared_error',
              msle='mean_squared_logarithmic_error', _exp_rmspe='exp_root_mean_squared_percentage_error')
 
 def _metric_name(metric:Metric, name:str)->str:

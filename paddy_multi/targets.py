@@ -7,7 +7,9 @@ __all__ = ['TensorTargets', 'TargetRow', 'by_name', 'TargetTable', 'Targets', 'E
 
 # %% ../nbs/paddy_multi/03_targets.ipynb #c003
 import warnings
+from copy import copy
 from multiprocessing.context import get_spawning_popen
+from numbers import Integral
 from operator import itemgetter
 from pathlib import Path
 
@@ -138,7 +140,7 @@ class Targets:
         cols:list, # Label columns
         kinds:dict=None, # By column: 'category', 'multicategory', 'regression', 'ordinal', or a target such as `CategoryTarget(weight=2)`
     )->'Targets':
-        "Targets from columns of a table: text, bool and category are classes, floats are numbers, ordered categories are ranks; whole numbers must be named in `kinds`"
+        "Targets from columns of a table: text, bool and category are classes, floats are numbers, ordered categories are ranks; whole numbers must be named in `kinds`, with gaps or without"
         kinds = kinds or {}
         if missing := [c for c in [*cols, *kinds] if c not in df.columns]: raise KeyError(f'no column {missing} in the table: it holds {list(df.columns)}')
         if extra := [c for c in kinds if c not in cols]: raise ValueError(f'kinds names {extra}, which are none of the label columns {list(cols)}')
@@ -173,18 +175,23 @@ class _GetLabels(Transform):  # fastai wraps a plain callable in a closure, whic
 
 def _from_column(col, name, kind):
     "The target for a column of a table, read by its name"
-    if isinstance(kind, Target): target = kind
+    if isinstance(kind, Target): target = copy(kind)
     elif kind is not None and kind not in _kinds: raise ValueError(f'{name}: expected a kind of {list(_kinds)} or a target, found {kind!r}')
-    else: target = _kinds[kind or _kind_of(col, name)](**(dict(vocab=list(col.cat.categories)) if isinstance(col.dtype, pd.CategoricalDtype) and kind != 'regression' else {}))
+    else: target = _kinds[kind or _kind_of(col, name)]()
+    ordered = {'category': True, 'ordinal': getattr(col.dtype, 'ordered', False)}
+    if isinstance(col.dtype, pd.CategoricalDtype) and target.vocab is None and ordered.get(target.kind): target.vocab = list(col.cat.categories)
     return target if target.get else target.reading(itemgetter(name))
 
 def _kind_of(col, name):
     "The kind that the type of a column tells"
     if isinstance(col.dtype, pd.CategoricalDtype): return 'ordinal' if col.dtype.ordered else 'category'
     if pd.api.types.is_bool_dtype(col): return 'category'
-    if pd.api.types.is_integer_dtype(col): raise ValueError(f"{name}: whole numbers such as {col.dropna().iloc[0]} may be classes or amounts: write kinds=dict({name}='category') or kinds=dict({name}='regression')")
-    if pd.api.types.is_float_dtype(col): return 'regression'
+    if pd.api.types.is_datetime64_any_dtype(col): raise ValueError(f'{name}: expected labels, found dates: make them text for classes, or numbers such as days for amounts')
     labels = [o for o in col if not is_missing(o)]
+    gaps = len(labels) < len(col)  # with which whole numbers come as floats
+    if labels and all(isinstance(o, Integral) and not isinstance(o, bool) or gaps and isinstance(o, float) and o.is_integer() for o in labels):
+        raise ValueError(f"{name}: whole numbers such as {labels[0]:.0f} may be classes or amounts: write kinds=dict({name}='category') or kinds=dict({name}='regression')")
+    if pd.api.types.is_float_dtype(col): return 'regression'
     return 'multicategory' if labels and isinstance(labels[0], (list, tuple, set)) else 'category'
 
 # %% ../nbs/paddy_multi/03_targets.ipynb #c022
@@ -207,12 +214,19 @@ class _Fresh:
     declared = None
     def __new__(cls): return EncodeTargets(cls.declared)
 
+def _twice(get, items):
+    "Names in `items` that stand for several"
+    paths = {}
+    for o in items: paths.setdefault(get.key_of(o), set()).add(str(o))
+    return _some({name for name, found in paths.items() if len(found) > 1}, 3)
+
 def _check_items(declared, items):
     "Every item must have a row in every table that `by_name` reads; a row without an item is warned of"
     told = set()
     for name, get in ((name, declared[name].get) for name in declared.names):
         if not isinstance(get, by_name): continue
         names = {get.key_of(o) for o in items}
+        if len(names) < len({str(o) for o in items}): raise ValueError(f'{name}: {_twice(get, items)} is the name of several items, whose labels would be the same: give each a name of its own in column {get.key!r}')
         if lost := names - get.labels.keys(): raise KeyError(f'{name}: {len(lost)} items have no row in column {get.key!r}, such as {_some(lost, 3)}: add rows, with an empty label where it is unknown, or leave the items out')
         unused = frozenset(get.labels.keys() - names)
         if unused and (get.key, unused) not in told: warnings.warn(f'{name}: {len(unused)} rows of column {get.key!r} have no item, such as {_some(unused, 3)}')

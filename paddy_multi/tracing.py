@@ -211,6 +211,7 @@ def step_memory(
     "Memory of a training step of `learn`, from a few runs on fake tensors; `RuntimeError` for a model that needs real ones"
     if device not in ('cuda', 'cpu'): raise ValueError(f"expected device 'cuda' or 'cpu', found {device!r}")
     if trainable not in ('all', 'as is', 'head'): raise ValueError(f"expected trainable 'all', 'as is' or 'head', found {trainable!r}")
+    if trainable == 'as is' and not any(p.requires_grad for p in learn.model.parameters()): raise ValueError(f'no parameter of {type(learn.model).__name__} is trained: unfreeze it')
     item,n = _one_item(learn)
     sizes = 4,8
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 from fastai.callback.core import Callback
+from fastai.learner import load_model, save_model
 
 from .dataloaders import MultiTargetDataLoaders
 
@@ -68,9 +69,9 @@ class KeepEpochs(Callback):
         self._write()
 
     def _write(self):
-        part = self.folder/'checkpoint.part'
-        self.learn.save(part.resolve(), with_opt=True)
-        os.replace(f'{part}.pth', self.folder/'checkpoint.pth')
+        part = self.folder/'checkpoint.part.pth'
+        save_model(part, self.learn.model, self.learn.opt)  # `Learner.save` would make a folder beside the data
+        os.replace(part, self.folder/'checkpoint.pth')
         (self.folder/'checkpoint.part.json').write_text(json.dumps(dict(done=self.done, rows=self.rows)))
         os.replace(self.folder/'checkpoint.part.json', self.folder/'checkpoint.json')
 
@@ -89,10 +90,9 @@ def fine_tune_kept(
         learn.fit_one_cycle(1, slice(lr), pct_start=.99, cbs=keep)
     if frozen: learn.unfreeze()
     first = keep.done-frozen
-    if resume and keep.done > frozen:
+    if resume:
         learn.create_opt()
-        learn.load(Path(folder).resolve()/'checkpoint', with_opt=True)
-    elif resume and keep.done == frozen and frozen: learn.load(Path(folder).resolve()/'checkpoint', with_opt=False)
+        load_model(Path(folder)/'checkpoint.pth', learn.model, learn.opt, with_opt=first > 0, device=learn.dls.device)  # unfreezing begins with a new optimizer
     rate = slice(lr/200, lr/2) if frozen else lr
     if first < epochs: learn.fit_one_cycle(epochs, rate, div=5. if frozen else 25., pct_start=.3, start_epoch=first or 0, cbs=keep)
     return pd.DataFrame(keep.rows)

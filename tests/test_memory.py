@@ -187,7 +187,23 @@ def test_sizes(n, unit, space):
 
 @pytest.mark.parametrize('size', ['16', 'GB', 'sixteen GB', '-3GB', '1,6GB', '16XB', '', None, 0, -5, True, '0GB', math.nan, math.inf, [], '1e3e3GB'])
 def test_sizes_that_cannot_be_read(size):
-    with pytest.raises(ValueError, match="expected a size such as '16GB', '15.5GiB' or a number of bytes above 0, found"): parse_bytes(size)
+    with pytest.raises(ValueError, match="expected a size such as '16GB', '15.5GiB' or bytes as a number, at least 1, found"): parse_bytes(size)
+
+
+@pytest.mark.parametrize('size, n', [(np.int64(16*10**9), 16*10**9), (np.float32(2), 2), (2.5e9, 2_500_000_000)])
+def test_numbers_of_any_type(size, n): assert parse_bytes(size) == n
+
+
+def test_nothing_may_be_held_in_reserve():
+    learn = Learner(loaders(32, 30), Small(), loss_func=F.cross_entropy)
+    assert {find_accumulation(learn, '1GB', reserve=o).reserve for o in (0, '0GB', '0 MiB')} == {0}
+    with pytest.raises(ValueError, match='bytes as a number, at least 0, found -1'): find_accumulation(learn, '1GB', reserve=-1)
+
+
+def test_nothing_to_train():
+    learn = Learner(loaders(32, 8), Small().requires_grad_(False), loss_func=F.cross_entropy)
+    with pytest.raises(ValueError, match='no parameter of Small is trained: unfreeze it'): predict_memory(learn, frozen=True)
+    assert predict_memory(learn, [1]).gradients[1] > 0
 
 
 def test_the_fewest_chunks_that_fit_are_found():

@@ -589,17 +589,55 @@ def test_chunk_size(bs):
 class GANTrainer(Callback): "By its name"
 class DistributedTrainer(Callback): "By its name"
 class ParallelTrainer(Callback): "By its name"
+class BPRCallback(Callback): "By its name"
+class SoftmaxCallback(Callback): "By its name"
 class NonNativeMixedPrecision(Callback): "By its name"
 
 
 @pytest.mark.parametrize('cb, why', [
     (GradientAccumulation(8), 'it splits the update too'), (ActivationStats(), 'it keeps what one forward pass'), (RNNCallback(), 'it keeps what one'),
     (RNNRegularizer(), 'it keeps what one'), (ModelResetter(), 'carries its state'), (GANTrainer(), 'two models in turns'), (MicroBatch(4), 'it splits the update too'),
-    (NonNativeMixedPrecision(), 'use to_fp16'), (DistributedTrainer(), 'several processes are not supported yet'), (ParallelTrainer(), 'train on one device')],
+    (NonNativeMixedPrecision(), 'use to_fp16'), (DistributedTrainer(), 'several processes are not supported yet'), (ParallelTrainer(), 'train on one device'),
+    (BPRCallback(), 'for the whole batch'), (SoftmaxCallback(), 'for the whole batch')],
     ids=lambda o: type(o).__name__)
 def test_refused_by_name(cb, why):
     with pytest.raises(ValueError, match=f'cannot be combined with {type(cb).__name__}: .*{why}.*Remove one of the two'):
         quiet(learner(*data(64), cbs=[MicroBatch(8), cb]))
+
+
+def masked_mse(preds, targs):
+    "A mean over the labels that are there: chunks of it do not add up"
+    have = ~targs.isnan()
+    return F.mse_loss(preds[have].view(-1), targs[have])
+
+def test_a_loss_inside_a_combined_loss_is_compared_on_every_batch():
+    x, y = data(128)
+    size = x[:, 0].clone()
+    size[70:80] = math.nan  # the first batch is complete
+    with pytest.raises(ValueError, match='CombinedLoss does not add up over chunks'):
+        quiet(learner(x, y, size, model=mlp(C+1), loss=combined_loss(kind=(F.cross_entropy, C), size=(masked_mse, 1)), cbs=MicroBatch(8)))
+
+
+class Sizes(nn.Sequential):
+    "A model that notes how many items it is given"
+    seen = ()
+    def forward(self, x):
+        if self.training: self.seen += len(x),
+        return super().forward(x)
+
+@settings(deadline=None, max_examples=30)
+@given(n=st.integers(1, 70), bs=st.integers(1, 80))
+def test_chunks_are_few_even_and_never_larger_than_asked(n, bs):
+    model = Sizes(*mlp())
+    quiet(learner(*data(n), bs=n, model=model, cbs=MicroBatch(bs)))
+    assert sum(model.seen) == n and max(model.seen) <= bs and max(model.seen) - min(model.seen) <= 1 and len(model.seen) == math.ceil(n/bs)
+
+@pytest.mark.filterwarnings('ignore:BatchNorm takes its statistics')
+@pytest.mark.parametrize('bs', [7, 21, 9])
+def test_batchnorm_is_never_left_with_one_item(bs):
+    model = nn.Sequential(nn.Linear(D, 8), nn.BatchNorm1d(8), nn.Linear(8, C)).double()
+    quiet(learner(*data(64), model=model, cbs=MicroBatch(bs)))  # 64 is 9*7+1, 3*21+1 and 7*9+1
+    assert torch.isfinite(vec(model)).all()
 
 
 def test_a_distributed_model_is_refused():
@@ -747,7 +785,7 @@ def card(room=10, error=torch.OutOfMemoryError):
     return m
 
 
-@pytest.mark.parametrize('begin, room, settled', [(64, 10, 8), (64, 63, 32), (48, 11, 6), (1000, 10, 8), (64, 1, 1), (7, 6, 4)])
+@pytest.mark.parametrize('begin, room, settled', [(64, 10, 8), (64, 63, 32), (48, 11, 12), (1000, 10, 8), (64, 1, 1), (7, 6, 4)])
 def test_a_run_that_halves_equals_one_that_began_there(begin, room, settled):
     x, y = data(200)
     def run(bs, auto):

@@ -1,6 +1,7 @@
 "`paddy-multi train` as a user runs it: real processes, Ctrl-C, files that others read"
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,3 +101,72 @@ def test_the_report_needs_no_other_file(results):
     text = (results[0]/'report.html').read_text()
     assert not re.search(r'(?:src|href)="(?!data:|#)', text) and '<script src' not in text
     for part in ('label', 'variety', 'age', 'data:image/png;base64,'): assert part in text
+
+
+# --- faults -------------------------------------------------------------------------------------------------------------
+def files_in(folder): return {o.relative_to(folder): o.stat().st_mtime_ns for o in sorted(folder.rglob('*'))}
+
+def test_the_folder_of_the_data_is_left_as_it_is(kaggle, tmp_path):
+    before = files_in(kaggle)
+    assert train('--data', kaggle, '--out', tmp_path/'run', *SMALL, '--epochs', '1', '--bs', '16').returncode == 0
+    assert files_in(kaggle) == before
+
+def test_ctrl_c_before_an_epoch_is_finished_leaves_the_way_free(kaggle, tmp_path):
+    out = tmp_path/'run'
+    process = subprocess.Popen([COMMAND, 'train', '--out', out, '--data', kaggle, '--arch', 'test_vit', '--no-pretrained', '--size', '160', '--epochs', '2'],
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    end = time.monotonic() + 120
+    while not (out/'settings.json').exists():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+        time.sleep(.005)
+    process.send_signal(signal.SIGINT)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and 'No epoch was finished, so nothing is kept.' in printed and '--resume' not in printed
+    done = train('--resume', '--out', out)
+    assert done.returncode == 2 and 'holds no checkpoint to go on from' in ' '.join(done.stderr.split())
+    assert train('--data', kaggle, '--out', out, *SMALL, '--epochs', '1', '--bs', '16').returncode == 0
+
+def test_overwrite_with_a_mistake_loses_nothing(stopped, tmp_path):
+    out = shutil.copytree(stopped[0], tmp_path/'run')
+    before = files_in(out)
+    done = train('--overwrite', '--data', tmp_path/'nowhere', '--out', out)
+    assert done.returncode == 1 and 'no such folder' in done.stderr and files_in(out) == before
+
+def small_copy(kaggle, tmp_path, n=40):
+    "A folder with `n` of the pictures and their table"
+    table = pd.read_csv(kaggle/'train.csv')[:n]
+    for o in table.itertuples():
+        (tmp_path/'data'/'train_images'/o.label).mkdir(parents=True, exist_ok=True)
+        shutil.copy(kaggle/'train_images'/o.label/o.image_id, tmp_path/'data'/'train_images'/o.label)
+    return tmp_path/'data', table
+
+def no_rows(table): return table[:0]
+def three_rows(table): return table.groupby('label').head(2)[:3].assign(label=['a', 'b', 'a'], variety=['p', 'q', 'p'], age=[50, 60, 70])
+def clash(table): return table.assign(label_label=table.label)
+
+@pytest.mark.parametrize('change, args, text', [
+    (no_rows, [], 'expected a row a picture, found a table without rows'),
+    (three_rows, [], '3 pictures are too few to hold any out for validation'),
+    (clash, ['--targets', 'label,label_label'], 'label_label is what the label of label is called in predictions.csv: rename the column'),
+    (lambda t: t, ['--bs', '500'], 'training items give no whole batch of 500, so nothing would be trained: use bs=32 or less')], ids=['empty', 'three', 'clash', 'batch'])
+def test_data_that_cannot_be_learned_from_is_refused_before_training(kaggle, tmp_path, change, args, text):
+    data, table = small_copy(kaggle, tmp_path)
+    change(table).to_csv(data/'train.csv', index=False)
+    done = train('--data', data, '--out', tmp_path/'run', *SMALL, *args)
+    assert done.returncode == 1 and text in done.stderr and 'Traceback' not in done.stderr
+    assert not [o for o in (tmp_path/'run').iterdir()]
+
+def test_a_picture_that_cannot_be_read_is_named(kaggle, tmp_path):
+    data, table = small_copy(kaggle, tmp_path)
+    table.to_csv(data/'train.csv', index=False)
+    file = data/'train_images'/table.label[3]/table.image_id[3]
+    file.write_bytes(b'')
+    done = train('--data', data, '--out', tmp_path/'run', *SMALL, '--epochs', '1', '--bs', '16')
+    assert done.returncode == 1 and 'Error: cannot identify image file' in done.stderr and file.name in done.stderr and 'Traceback' not in done.stderr
+
+def test_each_target_has_its_own_line(kaggle, tmp_path):
+    data, table = small_copy(kaggle, tmp_path)
+    table.assign(age_group=[*'ab']*20, age=table.age.fillna(60)).to_csv(data/'train.csv', index=False)
+    done = train('--data', data, '--out', tmp_path/'run', *SMALL, '--epochs', '1', '--bs', '16', '--targets', 'age_group,age:regression')
+    assert done.returncode == 0, done.stderr
+    assert re.search(r'age_group: age_group_error_rate [\d.]+ \(always saying the commonest', done.stdout) and re.search(r'age: age_mean_absolute_error [\d.]+ \(always saying the mean', done.stdout)
