@@ -87,6 +87,8 @@ def test_symbols_link_to_their_own_api():
             slugs = ['-'.join(names[:n]).replace('_', '-').strip('-') for n in (len(names), 1)]
             if not re.match('(paddy-multi|collab-deep)-', anchor): continue
             assert any(anchor.endswith(f'-{slug}') for slug in slugs), f'{page}: `{code.text}` leads to {anchor}'
+            folder = page.partition('/')[0].replace('_', '-')
+            assert folder not in ('paddy-multi', 'collab-deep') or anchor.startswith(folder), f'{page}: `{code.text}` leads to the other package'
             seen.add(anchor)
     assert {'paddy-multi-sliced-combined-loss', 'collab-deep-embedding-embedding'} <= seen, seen
 

@@ -100,8 +100,9 @@ class Linker:
         self.ours = re.compile(rf'\[(`[^`]+`)\]\([^)\s]*?/((?:{"|".join(packages())})/[\w/]+)\.html#([\w.]+)\)')
 
     def page(self, page:Page):
-        own_first = sorted(packages(), key=lambda p: p != page.notebook.parts[0])  # a page's own package wins over the other
-        lookup = NbdevLookup(strip_libs=' '.join(own_first))
+        folder = page.notebook.parts[0]
+        self.known = [folder] if folder in packages() else packages()  # `predict` on a page of one package is not that of the other
+        lookup = NbdevLookup(strip_libs=' '.join(sorted(packages(), key=lambda p: p != folder)))
         for cell in page.cells:
             if cell['cell_type'] == 'markdown': cell['source'] = self.text(cell['source'], lookup)
             for out in cell.get('outputs', []):
@@ -117,6 +118,7 @@ class Linker:
         text, page, anchor = match.groups()
         label = f'{page}.{anchor}'.replace('/', '.').lower()
         while label and label not in self.labels: label = label.rpartition('.')[0]
+        if page.partition('/')[0] not in self.known: return text
         return f'[{text}](#{label})' if label else text
 
     def _notebook(self, match):
