@@ -85,7 +85,7 @@ def find_accumulation(
     frozen:bool=False, # Predict for what trains now, instead of the whole model?
 )->Accumulation:
     "The fewest chunks with which training `learn` fits `budget`; `ValueError` for a budget that cannot be read"
-    budget,reserve = parse_bytes(budget),parse_bytes(reserve, least=0)
+    budget,reserve = parse_bytes(budget),parse_bytes(reserve or 0, least=0)
     memory = step_memory(learn, device, 'as is' if frozen else 'all')
     sizes = {accum: memory.at(accum)['total'] for accum in _distinct(memory.n)}
     floor = min(sizes.values())

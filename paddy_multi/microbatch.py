@@ -121,7 +121,7 @@ class MicroBatch(Callback):
     def _chunks(self):
         "As few pieces of at most `bs` items as there can be, of even sizes: BatchNorm could do nothing with a last one of a single item"
         k = math.ceil(self._n/self.bs)
-        ends = [i*self._n//k for i in range(k+1)]
+        ends = [math.ceil(i*self._n/k) for i in range(k+1)]
         return [*map(slice, ends, ends[1:])]
 
 # %% ../nbs/paddy_multi/17_microbatch.ipynb #c017

@@ -77,9 +77,8 @@ def test_export_makes_exactly_the_committed_modules(checkout, changes, folder):
     assert changes() == [] and not (checkout/'unrouted').exists()
 
 
-@pytest.mark.parametrize('name', ['nbs/x.ipynb', 'nbs/tutorials/x.ipynb', 'nbs/paddy/x.ipynb'])
-@pytest.mark.parametrize('cells', [['#| default_exp x'], ['#| export\nx = 1'], ['#| default_exp x', '#| exporti\nx = 1']],
-                         ids=['default_exp', 'export', 'exporti'])
+@pytest.mark.parametrize('name, cells', [('nbs/x.ipynb', ['#| default_exp x']), ('nbs/tutorials/x.ipynb', ['#| export\nx = 1']),
+                                         ('nbs/paddy/x.ipynb', ['#| default_exp x', '#| exporti\nx = 1'])], ids=['default_exp', 'export', 'exporti'])
 def test_export_outside_a_package_is_refused(checkout, changes, name, cells):
     notebook(checkout/name, *cells)
     done = in_checkout(checkout/'nbs', 'nbdev-export')

@@ -89,7 +89,7 @@ rng = np.random.default_rng(1)
 items = [{labels}(str(o) for o in rng.choice([*"abcdefgh"], 3, replace=False)) for _ in range(60)]
 if {labels} is list: items = [*map(str, items)]
 print(StratifiedSplitter(lambda o: o, seed=1)(items)[1] if {labels} is set else StratifiedSplitter(lambda o: eval(o), seed=1)(items)[1])'''
-    done = [subprocess.run([sys.executable, '-c', code], env=os.environ | dict(PYTHONHASHSEED=str(h)), capture_output=True, text=True, check=True).stdout for h in (0, 1, 2)]
+    done = [subprocess.run([sys.executable, '-c', code], env=os.environ | dict(PYTHONHASHSEED=str(h)), capture_output=True, text=True, check=True).stdout for h in (0, 1)]
     assert len({*done}) == 1 and done[0].startswith('[')
 
 def test_without_a_seed_fastai_s_set_seed_governs():
