@@ -6,8 +6,6 @@
 __all__ = ['fold_row', 'fold_in']
 
 # %% ../nbs/collab_deep/08_fold_in.ipynb #c003
-import math
-
 import torch
 from torch import Tensor
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from .ensemble import Ensemble
 from .evaluate import evaluate_ranking
-from .factor_model import FactorModel, factor_model
+from .factor_model import factor_model
 from .implicit import BPRCallback, NegativeSampler, SoftmaxCallback, bpr_loss, softmax_loss
 from .loaders import RatingsDL
 from .models import CollabModel, DotProductBias, EmbeddingNN, _range

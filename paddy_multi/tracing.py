@@ -18,7 +18,7 @@ import torch
 from fastai.callback.fp16 import MixedPrecision
 from fastai.losses import BaseLoss
 from fastai.torch_core import apply, no_random
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode

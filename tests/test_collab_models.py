@@ -5,7 +5,6 @@ import math
 import pandas as pd
 import pytest
 import torch
-import torch.nn.functional as F
 from fastai.collab import EmbeddingDotBias
 from fastai.collab import EmbeddingNN as FastaiNN
 from hypothesis import given, settings

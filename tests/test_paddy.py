@@ -2,7 +2,6 @@
 import multiprocessing
 import subprocess
 import sys
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
