@@ -83,7 +83,10 @@ class MultiTargetDataLoaders(DataLoaders):
         **kwargs, # Passed to `MultiTargetDataLoaders.from_df`
     )->'MultiTargetDataLoaders':
         "From a CSV file beside a folder of pictures"
-        return cls.from_df(_read_csv(Path(path)/csv_fname, delimiter or ','), path=path, **kwargs)
+        df = pd.read_csv(Path(path)/csv_fname, sep=delimiter or ',')
+        text = pd.read_csv(Path(path)/csv_fname, sep=delimiter or ',', dtype=str, keep_default_na=False)
+        _warn_of_words(df, text, kwargs.get('targets'))
+        return cls.from_df(df, path=path, **kwargs)
 
     @classmethod
     def from_folder(cls,
@@ -109,13 +112,11 @@ class MultiTargetDataLoaders(DataLoaders):
 
 _file = '_file'  # column of `match_files`' paths
 
-def _read_csv(file, sep):
-    "The table in `file`; words that pandas reads as a missing value are warned of, since they may be classes"
-    df,text = pd.read_csv(file, sep=sep),pd.read_csv(file, sep=sep, dtype=str, keep_default_na=False)
-    for col in df:
+def _warn_of_words(df, text, targets):
+    "Words of label columns that pandas has read as a missing value are warned of, since they may be classes"
+    for col in df.columns.intersection(list(getattr(targets, 'names', targets) or [])):
         if words := set(text[col][df[col].isna()]) - {'', 'NaN', 'nan'}:
             warnings.warn(f'{col}: {_some(words)} read as a missing label: if it is a class, read the table with pd.read_csv(..., keep_default_na=False, na_values=[""]) and use from_df')
-    return df
 
 def _true_rows(col, name):
     "Positions where `col` is true; `ValueError` for anything but true and false"

@@ -86,7 +86,7 @@ def test_a_class_that_reads_like_a_gap_is_warned_of(path, labels, tmp_path):
     with pytest.warns(UserWarning, match="disease: 'NA', 'None' read as a missing label: if it is a class, read the table with pd.read_csv"):
         dls = MultiTargetDataLoaders.from_csv(tmp_path, folder='images', targets=['disease'], seed=1, bs=8)
     assert dls.targets.vocabs == dict(disease=['blast', 'rust'])
-    gaps = labels.assign(disease=['', 'blast', np.nan, 'rust']*20)
+    gaps = labels.assign(disease=['', 'blast', np.nan, 'rust']*20, remark='NA')  # no label column
     gaps.to_csv(tmp_path/'labels.csv', index=False)
     with warnings.catch_warnings():
         warnings.filterwarnings('error', message='.*read as a missing')
