@@ -27,8 +27,8 @@ def one(n, n_users, n_items, bs):
     "Processor seconds to load and for an epoch, and peak memory, of `n` ratings"
     import torch
     torch.set_num_threads(1)
-    from collab_deep.learner import collab_deep_learner
-    from collab_deep.loaders import RatingsDataLoaders
+    from collab_deep.train.learner import collab_deep_learner
+    from collab_deep.data.loaders import RatingsDataLoaders
     torch.optim.AdamW([torch.zeros(1)])  # the first optimizer imports what takes 150 MB
     imports = peak_mb()
     ratings = synthetic(n, n_users, n_items)

@@ -17,12 +17,12 @@ from fastai.torch_core import set_seed
 from harness import about, digits, save_table
 from sklearn.model_selection import KFold
 
-from collab_deep.data import movielens_100k
-from collab_deep.ensemble import Ensemble
-from collab_deep.evaluate import evaluate_ranking
-from collab_deep.learner import collab_deep_learner
-from collab_deep.loaders import RatingsDataLoaders
-from collab_deep.splits import LeaveLastSplitter, split_rows
+from collab_deep.data.movielens import movielens_100k
+from collab_deep.models.ensemble import Ensemble
+from collab_deep.lists.evaluate import evaluate_ranking
+from collab_deep.train.learner import collab_deep_learner
+from collab_deep.data.loaders import RatingsDataLoaders
+from collab_deep.data.splits import LeaveLastSplitter, split_rows
 
 STARS = (0, 5.5)
 SEEDS = range(5)

@@ -8,9 +8,9 @@ from fastai.collab import CollabDataLoaders, collab_learner
 from fastai.tabular.core import TabDataLoader
 from harness import Case, Variant, main
 
-from collab_deep.data import movielens_100k
-from collab_deep.learner import collab_deep_learner
-from collab_deep.loaders import RatingsDataLoaders
+from collab_deep.data.movielens import movielens_100k
+from collab_deep.train.learner import collab_deep_learner
+from collab_deep.data.loaders import RatingsDataLoaders
 
 STARS = (0, 5.5)
 

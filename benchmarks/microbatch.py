@@ -16,7 +16,7 @@ from harness import Case, digits, keep_freed_memory, main
 from torch import nn
 from torch.nn import functional as F
 
-from paddy_multi.microbatch import MicroBatch
+from paddy_multi.accumulate.microbatch import MicroBatch
 
 ARCH, SIZE, BS, CHUNKS, BATCHES = 'convnext_atto', 64, 64, 4, 8
 warnings.filterwarnings('ignore', '.*BatchNorm takes its statistics')  # what chunks do to the head's BatchNorm is known here

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from harness import about, digits, save_table
 
-from paddy_multi.accum_benchmark import benchmark_accumulation
+from paddy_multi.accumulate.benchmark import benchmark_accumulation
 
 TARGET = .15  # of the measured ratio of memory, how far the predicted one may be off
 

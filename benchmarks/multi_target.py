@@ -17,10 +17,10 @@ from sliced import ARCH, loss_by_hand, metrics_by_hand, same, seen
 from torch import nn
 from torch.nn import functional as F
 
-from paddy_multi.kinds import CategoryTarget
-from paddy_multi.learner import CheckTargets
-from paddy_multi.metrics import TotalLoss
-from paddy_multi.targets import Targets, TensorTargets
+from paddy_multi.kinds.kinds import CategoryTarget
+from paddy_multi.train.learner import CheckTargets
+from paddy_multi.targets.metrics import TotalLoss
+from paddy_multi.targets.declare import Targets, TensorTargets
 
 COUNTS, WIDTH = (2, 40, 100), 10
 PARTS = 'loss', 'metrics', 'collation'

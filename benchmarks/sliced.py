@@ -17,7 +17,7 @@ from fastai.optimizer import Adam
 from fastai.torch_core import to_detach
 from harness import Case, digits, main
 
-from paddy_multi.sliced import combined_loss, sliced_metrics
+from paddy_multi.targets.slices import combined_loss, sliced_metrics
 
 WIDTHS = (10, 3), (10, 10), (10,)*10, (10,)*40
 ARCH = 'convnext_atto'

@@ -2,9 +2,9 @@
 import numpy as np
 import torch
 
-from collab_deep.factor_model import FactorModel
-from collab_deep.models import DotProduct, DotProductBias, EmbeddingNN
-from collab_deep.recommend import Recommender
+from collab_deep.models.factor import FactorModel
+from collab_deep.models.chapter import DotProduct, DotProductBias, EmbeddingNN
+from collab_deep.lists.recommend import Recommender
 
 MODELS = [lambda u, i: DotProduct(u, i, 3, std=1), lambda u, i: DotProductBias(u, i, 3, y_range=(0, 5.5), std=1),
           lambda u, i: EmbeddingNN(u, i, 3, layers=[4], y_range=(0, 5.5), std=1), lambda u, i: FactorModel(u, i, 3, mean=3., std=1)]

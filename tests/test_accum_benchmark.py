@@ -24,9 +24,9 @@ from fastai.optimizer import SGD
 from torch import nn
 
 from paddy_multi import accum_benchmark
-from paddy_multi.accum_benchmark import AccumulationBenchmark, Freed, _run_case, _status, benchmark_accumulation, free_memory
-from paddy_multi.memory import find_accumulation, predict_memory
-from paddy_multi.microbatch import MicroBatch
+from paddy_multi.accumulate.benchmark import AccumulationBenchmark, Freed, _run_case, _status, benchmark_accumulation, free_memory
+from paddy_multi.accumulate.memory import find_accumulation, predict_memory
+from paddy_multi.accumulate.microbatch import MicroBatch
 
 linux = pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='needs /proc, as Linux has it')
 WIDTH, ITEMS = 100_000, 32

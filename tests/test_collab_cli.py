@@ -9,10 +9,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from collab_deep.data import movielens_100k
+from collab_deep.data.movielens import movielens_100k
 
 COMMAND = Path(sys.executable).with_name('collab-deep')
-NO_DATA = "import sys; sys.modules['recbole'] = None; from collab_deep.cli import app; app()"  # as where recbole is not installed
+NO_DATA = "import sys; sys.modules['recbole'] = None; from collab_deep.cli.app import app; app()"  # as where recbole is not installed
 
 
 def run(*args, **kwargs):
@@ -75,7 +75,7 @@ def test_no_data_says_how_to_get_it(tmp_path):
 
 @pytest.mark.parametrize('args', [['--help'], ['--version'], ['movielens', '--help']])
 def test_help_loads_nothing_heavy(args):
-    code = ("import sys; from collab_deep.cli import app\n"
+    code = ("import sys; from collab_deep.cli.app import app\n"
             f"try: app({args!r})\n"
             "except SystemExit: print([o for o in ('torch', 'fastai', 'pandas', 'numpy') if o in sys.modules])")
     assert run(sys.executable, '-c', code).stdout.endswith('[]\n')
@@ -102,7 +102,7 @@ def test_train_writes_a_folder_and_says_how_good_it_is(trained):
 
 def test_recommend_without_fastai(trained):
     _, folder = trained
-    code = "import sys; from collab_deep.cli import app\ntry: app()\nfinally: print('fastai' in sys.modules)"
+    code = "import sys; from collab_deep.cli.app import app\ntry: app()\nfinally: print('fastai' in sys.modules)"
     done = run(sys.executable, '-c', code, 'recommend', '--model', folder/'model', '--user', 7, '--k', 3)
     *lines, loaded = done.stdout.splitlines()
     assert len(lines) == 4 and lines[0].split() == ['item', 'score'] and loaded == 'False' and done.stderr == ''

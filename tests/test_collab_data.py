@@ -6,7 +6,7 @@ import sys
 import pandas as pd
 import pytest
 
-from collab_deep.data import movielens_100k
+from collab_deep.data.movielens import movielens_100k
 
 PARTS = ['ratings', 'items', 'users']
 GENRES = ("unknown|Action|Adventure|Animation|Children's|Comedy|Crime|Documentary|Drama|Fantasy|Film-Noir|Horror|Musical|Mystery|Romance|"
@@ -47,13 +47,13 @@ def test_both_sources_give_one_frame(published, part):
 
 
 def test_without_recbole_fastais_copy_is_used(published, tmp_path):
-    code = f'from collab_deep.data import movielens_100k; movielens_100k().to_pickle({str(tmp_path/"r.pkl")!r})'
+    code = f'from collab_deep.data.movielens import movielens_100k; movielens_100k().to_pickle({str(tmp_path/"r.pkl")!r})'
     assert python(code, published).returncode == 0
     pd.testing.assert_frame_equal(pd.read_pickle(tmp_path/'r.pkl'), movielens_100k())
 
 
 def test_neither_here_nor_to_be_downloaded(tmp_path):
-    done = python('from collab_deep.data import movielens_100k; movielens_100k()', tmp_path)
+    done = python('from collab_deep.data.movielens import movielens_100k; movielens_100k()', tmp_path)
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and last.startswith('FileNotFoundError: MovieLens-100k is neither here nor to be downloaded (')
     assert 'Connection refused' in last
@@ -71,5 +71,5 @@ def test_a_file_that_was_cut(published, tmp_path, part, file, rows):
 
 
 def test_recbole_is_not_imported():
-    code = "import sys; from collab_deep.data import movielens_100k; movielens_100k(); print('recbole' in sys.modules, 'torch' in sys.modules)"
+    code = "import sys; from collab_deep.data.movielens import movielens_100k; movielens_100k(); print('recbole' in sys.modules, 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout == 'False False\n'

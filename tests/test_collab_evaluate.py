@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 from sklearn.metrics import ndcg_score
 
-from collab_deep.evaluate import evaluate_ranking, evaluate_ratings, ranking_metrics
-from collab_deep.factor_model import FactorModel
-from collab_deep.recommend import Recommender, predict
+from collab_deep.lists.evaluate import evaluate_ranking, evaluate_ratings, ranking_metrics
+from collab_deep.models.factor import FactorModel
+from collab_deep.lists.recommend import Recommender, predict
 from small_recommender import recommender
 
 K = st.integers(1, 12)

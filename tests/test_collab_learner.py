@@ -14,14 +14,14 @@ from fastai.torch_core import set_seed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collab_deep.evaluate import evaluate_ranking, evaluate_ratings
-from collab_deep.implicit import NegativeSampler, bpr_loss
-from collab_deep.learner import FusedAdamW, KeepBest, RankingMetric, collab_deep_learner, collab_ensemble, scaled
-from collab_deep.loaders import RatingsDataLoaders
-from collab_deep.models import DotProduct, DotProductBias, EmbeddingNN
-from collab_deep.recommend import as_recommender, predict, recommend
-from collab_deep.save import load, save
-from collab_deep.splits import GroupSplitter
+from collab_deep.lists.evaluate import evaluate_ranking, evaluate_ratings
+from collab_deep.train.losses import NegativeSampler, bpr_loss
+from collab_deep.train.learner import FusedAdamW, KeepBest, RankingMetric, collab_deep_learner, collab_ensemble, scaled
+from collab_deep.data.loaders import RatingsDataLoaders
+from collab_deep.models.chapter import DotProduct, DotProductBias, EmbeddingNN
+from collab_deep.lists.recommend import as_recommender, predict, recommend
+from collab_deep.use.save import load, save
+from collab_deep.data.splits import GroupSplitter
 
 STARS = (0, 5.5)
 

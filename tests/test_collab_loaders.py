@@ -10,8 +10,8 @@ from fastai.learner import Learner
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from collab_deep.loaders import RatingsDataLoaders, RatingsDL
-from collab_deep.splits import GroupSplitter, LeaveLastSplitter, TimeSplitter, split_rows
+from collab_deep.data.loaders import RatingsDataLoaders, RatingsDL
+from collab_deep.data.splits import GroupSplitter, LeaveLastSplitter, TimeSplitter, split_rows
 
 
 @st.composite

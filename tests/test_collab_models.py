@@ -10,11 +10,11 @@ from fastai.collab import EmbeddingNN as FastaiNN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collab_deep.ensemble import Ensemble
-from collab_deep.factor_model import FactorModel, encode_features, factor_model
-from collab_deep.fold_in import fold_in, fold_row
-from collab_deep.loaders import RatingsDataLoaders
-from collab_deep.models import DotProduct, DotProductBias, EmbeddingNN
+from collab_deep.models.ensemble import Ensemble
+from collab_deep.models.factor import FactorModel, encode_features, factor_model
+from collab_deep.lists.fold_in import fold_in, fold_row
+from collab_deep.data.loaders import RatingsDataLoaders
+from collab_deep.models.chapter import DotProduct, DotProductBias, EmbeddingNN
 
 STARS = (0, 5.5)
 ratings = pd.DataFrame(dict(user=[1, 1, 2, 3, 3, 4], item=list('abacdb'), rating=[4., 3, 5, 1, 2, 3]))

@@ -11,13 +11,13 @@ from fastai.learner import Learner
 from fastai.losses import MSELossFlat
 from hypothesis import given, settings, strategies as st
 
-from collab_deep.evaluate import evaluate_ratings
-from collab_deep.explain import explain, item_bias, nearest_seen, plot_factors, similar_items, similar_users
-from collab_deep.factor_model import FactorModel
-from collab_deep.fold_in import fold_in
-from collab_deep.loaders import RatingsDataLoaders
-from collab_deep.models import DotProduct, DotProductBias
-from collab_deep.recommend import predict, recommend, scoring, top_k
+from collab_deep.lists.evaluate import evaluate_ratings
+from collab_deep.use.explain import explain, item_bias, nearest_seen, plot_factors, similar_items, similar_users
+from collab_deep.models.factor import FactorModel
+from collab_deep.lists.fold_in import fold_in
+from collab_deep.data.loaders import RatingsDataLoaders
+from collab_deep.models.chapter import DotProduct, DotProductBias
+from collab_deep.lists.recommend import predict, recommend, scoring, top_k
 from small_recommender import MODELS, recommender
 
 catalogues = st.tuples(st.integers(1, 8), st.integers(1, 12)).flatmap(
@@ -77,7 +77,7 @@ def test_who_saw_everything_has_an_empty_list():
 def test_blocks_of_one_user_give_the_same(monkeypatch):
     rec = recommender([(u, 1 + u % 7) for u in range(1, 30)], range(29), range(9))
     whole = recommend(rec, range(29), 4)
-    monkeypatch.setattr('collab_deep.recommend._BLOCK', 5)
+    monkeypatch.setattr('collab_deep.lists.recommend._BLOCK', 5)
     pd.testing.assert_frame_equal(recommend(rec, range(29), 4), whole, check_exact=False, rtol=1e-5)
 
 
@@ -191,6 +191,6 @@ def test_no_name_in_the_plane_covers_another():
 
 
 def test_without_fastai():
-    code = ("import sys, collab_deep.recommend, collab_deep.evaluate, collab_deep.explain, collab_deep.save; "
+    code = ("import sys, collab_deep.lists.recommend, collab_deep.lists.evaluate, collab_deep.use.explain, collab_deep.use.save; "
             "print([o for o in ('fastai', 'matplotlib', 'sklearn') if o in sys.modules])")
     assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True).stdout == '[]\n'

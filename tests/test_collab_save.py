@@ -12,9 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from collab_deep.models import DotProductBias
-from collab_deep.recommend import predict, recommend
-from collab_deep.save import load, save
+from collab_deep.models.chapter import DotProductBias
+from collab_deep.lists.recommend import predict, recommend
+from collab_deep.use.save import load, save
 from small_recommender import MODELS, recommender
 
 PAIRS = [(1, 1), (1, 2), (2, 2), (2, 3)]

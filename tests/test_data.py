@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from paddy_multi.data import lean_of, sample_digits
+from paddy_multi.data.digits import lean_of, sample_digits
 
 SCANS = (load_digits().images*255/16).round()
 

@@ -13,15 +13,15 @@ from fastai.vision.all import (BalancedAccuracy, CohenKappa, DataBlock, F1Score,
                                error_rate, mae, parent_label, set_seed, trainable_params)
 from torch import nn
 
-from paddy_multi.data import sample_digits
-from paddy_multi.dataloaders import MultiTargetDataLoaders
-from paddy_multi.interpret import MultiTargetInterpretation
-from paddy_multi.kinds import CategoryTarget, MultiCategoryTarget, OrdinalTarget, RegressionTarget
-from paddy_multi.learner import multi_target_learner
-from paddy_multi.metrics import target_metrics
-from paddy_multi.report import write_report
-from paddy_multi.splitters import StratifiedSplitter
-from paddy_multi.targets import Targets, by_name
+from paddy_multi.data.digits import sample_digits
+from paddy_multi.data.loaders import MultiTargetDataLoaders
+from paddy_multi.use.interpret import MultiTargetInterpretation
+from paddy_multi.kinds.kinds import CategoryTarget, MultiCategoryTarget, OrdinalTarget, RegressionTarget
+from paddy_multi.train.learner import multi_target_learner
+from paddy_multi.targets.metrics import target_metrics
+from paddy_multi.use.report import write_report
+from paddy_multi.data.splitters import StratifiedSplitter
+from paddy_multi.targets.declare import Targets, by_name
 
 
 @pytest.fixture(scope='module')

@@ -44,13 +44,13 @@ def test_docs_hold_what_the_notebooks_say(docs):
 
 def test_changed_notebooks_are_noticed(docs, tmp_path):
     nbs = shutil.copytree(ROOT/'nbs', tmp_path/'nbs')
-    data = nbs/'paddy_multi/00_data.ipynb'
+    data = nbs/'paddy_multi/data/00_digits.ipynb'
     text = data.read_text(encoding='utf-8')
     assert text.count('real handwritten digits (8 by 8 pixels') == 1
     data.write_text(text.replace('real handwritten digits (8 by 8 pixels', 'real handwritten letters (8 by 8 pixels'), encoding='utf-8')
     (nbs/'paddy_multi/99_more.ipynb').write_text(notebook(dict(cell_type='markdown', source='# One more page')))
     found = docs.check(DOCS, nbs)
-    assert 'differs: paddy_multi/data.html' in found and 'missing: paddy_multi/more.html' in found
+    assert 'differs: paddy_multi/data/digits.html' in found and 'missing: paddy_multi/more.html' in found
 
 
 @pytest.mark.parametrize('change, found', [
@@ -58,7 +58,7 @@ def test_changed_notebooks_are_noticed(docs, tmp_path):
     (lambda site: (site/'_images/old.png').touch(), 'not made from a notebook: _images/old.png'),
     (lambda site: (site/'_static/site.css').write_text('body {}'), 'differs: _static/site.css'),
     (lambda site: edit(site/'index.html', '</article>', 'a word</article>'), 'differs: index.html'),
-    (lambda site: edit(site/'paddy_multi/data.html', '#paddy-multi-data-sample-digits', '#elsewhere'), 'differs: paddy_multi/data.html')])
+    (lambda site: edit(site/'paddy_multi/data/digits.html', '#paddy-multi-data-sample-digits', '#elsewhere'), 'differs: paddy_multi/data/digits.html')])
 def test_every_kind_of_difference_is_listed(docs, tmp_path, change, found):
     site = shutil.copytree(DOCS, tmp_path/'docs')
     assert docs.differences(DOCS, site) == []
@@ -104,16 +104,16 @@ def test_what_a_page_shows(docs, tmp_path):
     path = nbs/'tutorials/01_trial.ipynb'
     path.parent.mkdir(exist_ok=True)
     path.write_text(notebook(
-        md('# A trial'), md('See [the folder](../paddy_multi/00_data.ipynb#the-folder), `combined_loss`, `CombinedLoss.n_none`, `CombinedLoss.forward` and `nothing`.'),
+        md('# A trial'), md('See [the folder](../paddy_multi/data/00_digits.ipynb#the-folder), `combined_loss`, `CombinedLoss.n_none`, `CombinedLoss.forward` and `nothing`.'),
         code('print("seen")', '10%\r50%\rfinished\n'), code('print("no more")', '10%\r100%\r'),
         code('#| echo: false\nprint("only out")', 'alone'), code('#| output: false\nprint("only code")', 'unseen'),
         code('#| hide\nprint("secret")', 'unseen'), code('#| code-fold: true\nprint("folded")', 'from the fold')))
     docs.build(tmp_path/'docs', nbs, strict=True)
     page = BeautifulSoup((tmp_path/'docs/tutorials/trial.html').read_text(encoding='utf-8'), 'html.parser').article
     links = {a.text: a['href'] for a in page.select('a.reference.internal')}
-    assert links == {'the folder': '../paddy_multi/data.html#the-folder',
-                     'combined_loss': '../paddy_multi/sliced.html#paddy-multi-sliced-combined-loss',
-                     'CombinedLoss.forward': '../paddy_multi/sliced.html#paddy-multi-sliced-combinedloss'}
+    assert links == {'the folder': '../paddy_multi/data/digits.html#the-folder',
+                     'combined_loss': '../paddy_multi/targets/slices.html#paddy-multi-sliced-combined-loss',
+                     'CombinedLoss.forward': '../paddy_multi/targets/slices.html#paddy-multi-sliced-combinedloss'}
     assert [o.text.strip() for o in page.select('.cell_output')] == ['finished', 'alone', 'from the fold']
     assert [o.text.strip() for o in page.select('.cell_input')] == [f'print("{o}")' for o in ('seen', 'no more', 'only code', 'folded')]
     assert 'print("folded")' in page.select_one('details').text
@@ -256,7 +256,7 @@ def test_every_page(browser, serve, scheme):
     base = serve(DOCS, scheme)
     visits = {name: visit(browser, base, name) for name in PAGES}
     assert faults_of(visits, base, DOCS) == []
-    assert {'index.html', 'search.html', 'paddy_multi/data.html', 'paddy_multi/sliced.html'} <= visits.keys()
+    assert {'index.html', 'search.html', 'paddy_multi/data/digits.html', 'paddy_multi/targets/slices.html'} <= visits.keys()
 
 
 @pytest.mark.parametrize('scheme', ['http', 'file'])
@@ -267,7 +267,7 @@ def test_every_page(browser, serve, scheme):
     ('<img src="gone.png">', 'image: '),
     ('<a href="gone.html">read on</a>', 'no page for '),
     ('<a href="#nowhere">read on</a>', 'no anchor for '),
-    ('<a href="paddy_multi/data.html#nowhere">read on</a>', 'no anchor for '),
+    ('<a href="paddy_multi/data/digits.html#nowhere">read on</a>', 'no anchor for '),
     ('<link rel="stylesheet" href="https://fonts.example/a.css">', 'asks https://fonts.example/a.css'),
     ('<div style="width: 500px">wide</div>', 'px wide on a screen of 390'),
     ('<span class="math">x^2</span>', 'maths not rendered: x^2'),
@@ -276,7 +276,7 @@ def test_a_broken_page_is_noticed(browser, serve, tmp_path, scheme, html, fault)
     site = shutil.copytree(DOCS, tmp_path/'docs')
     edit(site/'index.html', '</article>', f'{html}</article>')
     base = serve(site, scheme)
-    visits = {name: visit(browser, base, name) for name in ('index.html', 'paddy_multi/data.html')}
+    visits = {name: visit(browser, base, name) for name in ('index.html', 'paddy_multi/data/digits.html')}
     found = [line for line in faults_of(visits, base, site) if fault in line]
     assert found and all(line.startswith('index.html: ') for line in found)
 
@@ -292,8 +292,8 @@ def test_search(browser, serve, scheme):
         tab.wait_for_function('document.querySelector("#search-results p.search-summary")?.textContent.match(/finished|did not match/)')
         return tab.evaluate('[...document.querySelectorAll("#search-results li a")].map(a => a.href.split("?")[0])')
     found = [url.partition('#')[0] for url in results('combined_loss')]
-    assert f'{base}/paddy_multi/sliced.html' in found[:2]
-    assert f'{base}/paddy_multi/data.html' in [url.partition('#')[0] for url in results('handwritten ink')]
+    assert f'{base}/paddy_multi/targets/slices.html' in found[:2]
+    assert f'{base}/paddy_multi/data/digits.html' in [url.partition('#')[0] for url in results('handwritten ink')]
     assert results('zyzzyva') == []
     assert faults == []
     tab.close()
@@ -309,7 +309,7 @@ def test_the_button_turns_dark_mode_on_and_it_stays_on(browser, serve, scheme):
     for _ in range(3):
         if tab.evaluate(BACKGROUND) > 240: button.click()
     assert tab.evaluate(BACKGROUND) < 40
-    tab.goto(f'{base}/paddy_multi/data.html')
+    tab.goto(f'{base}/paddy_multi/data/digits.html')
     assert tab.evaluate(BACKGROUND) < 40
     tab.close()
 
@@ -317,7 +317,7 @@ def test_the_button_turns_dark_mode_on_and_it_stays_on(browser, serve, scheme):
 def test_maths_is_set_in_its_own_fonts(browser, serve):
     base = serve(DOCS, 'file')
     tab = watched(browser, base, [])
-    tab.goto(f'{base}/paddy_multi/data.html')
+    tab.goto(f'{base}/paddy_multi/data/digits.html')
     assert tab.locator('.math .katex').count() > 3
     assert tab.evaluate('document.fonts.ready.then(f => [...f].filter(x => x.family == "KaTeX_Math" && x.status == "loaded").length)') > 0
     tab.close()

@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from collab_deep.embedding import Embedding
+from collab_deep.models.embedding import Embedding
 
 id_types = st.sampled_from([torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64])
 float_types = st.sampled_from([torch.float32, torch.float64])
@@ -112,4 +112,4 @@ def test_ids_that_are_no_tensor(bad):
 def test_takes_the_place_of_fastais():
     code = 'from fastai.collab import *\nfrom collab_deep.all import *\nprint(Embedding.__module__, Embedding(3, 2))'
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True)
-    assert done.stdout == 'collab_deep.embedding Embedding(3, 2)\n'
+    assert done.stdout == 'collab_deep.models.embedding Embedding(3, 2)\n'

@@ -18,11 +18,11 @@ from fastai.vision.all import (Callback, CategoryBlock, ClassificationInterpreta
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from paddy_multi.data import sample_digits
-from paddy_multi.interpret import MultiTargetInterpretation
-from paddy_multi.kinds import CategoryTarget, MultiCategoryTarget, OrdinalTarget, RegressionTarget
-from paddy_multi.learner import multi_target_learner
-from paddy_multi.targets import TargetRow, Targets, TensorTargets, by_name
+from paddy_multi.data.digits import sample_digits
+from paddy_multi.use.interpret import MultiTargetInterpretation
+from paddy_multi.kinds.kinds import CategoryTarget, MultiCategoryTarget, OrdinalTarget, RegressionTarget
+from paddy_multi.train.learner import multi_target_learner
+from paddy_multi.targets.declare import TargetRow, Targets, TensorTargets, by_name
 
 matplotlib.use('agg')
 fast = settings(deadline=None, max_examples=30)
@@ -333,7 +333,7 @@ NEW_PROCESS = """
 import json, sys
 import torch
 from fastai.learner import load_learner
-from paddy_multi.predict import predict_named
+from paddy_multi.use.predict import predict_named
 out = {}
 for file in sys.argv[2:]:
     learn = load_learner(file)

@@ -13,10 +13,10 @@ from fastai.vision.all import DataBlock, ImageBlock, IndexSplitter, Learner, MSE
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from paddy_multi.data import sample_digits
-from paddy_multi.interpret import MultiTargetInterpretation
-from paddy_multi.kinds import CategoryTarget, MultiCategoryTarget, OrdinalTarget, RegressionTarget
-from paddy_multi.targets import Targets, TensorTargets
+from paddy_multi.data.digits import sample_digits
+from paddy_multi.use.interpret import MultiTargetInterpretation
+from paddy_multi.kinds.kinds import CategoryTarget, MultiCategoryTarget, OrdinalTarget, RegressionTarget
+from paddy_multi.targets.declare import Targets, TensorTargets
 
 matplotlib.use('agg')
 DISEASES,SPOTS,STAGES = ['blast', 'hispa', 'normal', 'tungro'], ['leaf', 'stem'], ['young', 'old', 'dead']

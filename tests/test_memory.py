@@ -20,11 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from paddy_multi.kinds import CategoryTarget, RegressionTarget
-from paddy_multi.memory import find_accumulation, parse_bytes, plot_memory, predict_memory
-from paddy_multi.microbatch import MicroBatch
-from paddy_multi.targets import Targets
-from paddy_multi.tracing import CountTensors, StepMemory, step_memory
+from paddy_multi.kinds.kinds import CategoryTarget, RegressionTarget
+from paddy_multi.accumulate.memory import find_accumulation, parse_bytes, plot_memory, predict_memory
+from paddy_multi.accumulate.microbatch import MicroBatch
+from paddy_multi.targets.declare import Targets
+from paddy_multi.accumulate.tracing import CountTensors, StepMemory, step_memory
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*CUDA is not available', 'ignore:.*BatchNorm takes', 'ignore:.*torch.jit.script')
 adamw = partial(OptimWrapper, opt=torch.optim.AdamW)

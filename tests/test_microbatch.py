@@ -24,11 +24,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from paddy_multi.kinds import CategoryTarget, MultiCategoryTarget, RegressionTarget
-from paddy_multi.loss import learn_weights
-from paddy_multi.microbatch import MicroBatch
-from paddy_multi.sliced import combined_loss
-from paddy_multi.targets import Targets
+from paddy_multi.kinds.kinds import CategoryTarget, MultiCategoryTarget, RegressionTarget
+from paddy_multi.targets.loss import learn_weights
+from paddy_multi.accumulate.microbatch import MicroBatch
+from paddy_multi.targets.slices import combined_loss
+from paddy_multi.targets.declare import Targets
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*CUDA is not available', 'ignore:Converting a tensor')
 D, C, LR = 12, 5, .1

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from paddy_multi.paddy import _diseases, _labels, _Leaf, _looks, _picture, _signs, _size, _varieties, sample_paddy
+from paddy_multi.data.paddy import _diseases, _labels, _Leaf, _looks, _picture, _signs, _size, _varieties, sample_paddy
 
 
 def files_of(path): return {o.relative_to(path).as_posix(): o.read_bytes() for o in path.rglob('*') if o.is_file()}
@@ -98,7 +98,7 @@ def test_a_leaf_is_as_long_as_it_says_and_its_edges_mirror_each_other(angle, len
 # --- the folder -----------------------------------------------------------------------------------------------------
 def test_another_process_writes_the_same_bytes(tmp_path):
     sample_paddy(tmp_path/'here', n=12, missing=.2, seed=7)
-    code = f'from paddy_multi.paddy import sample_paddy; sample_paddy({str(tmp_path/"there")!r}, n=12, missing=.2, seed=7)'
+    code = f'from paddy_multi.data.paddy import sample_paddy; sample_paddy({str(tmp_path/"there")!r}, n=12, missing=.2, seed=7)'
     subprocess.run([sys.executable, '-c', code], check=True)
     assert files_of(tmp_path/'here') == files_of(tmp_path/'there')
 

@@ -7,10 +7,10 @@ from fastai.vision.all import ColReader, DataBlock, ImageBlock, IndexSplitter, L
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from paddy_multi.data import sample_digits
-from paddy_multi.kinds import CategoryTarget, MultiCategoryTarget, OrdinalTarget, RegressionTarget
-from paddy_multi.predict import ensemble, predict_named
-from paddy_multi.targets import Targets, by_name
+from paddy_multi.data.digits import sample_digits
+from paddy_multi.kinds.kinds import CategoryTarget, MultiCategoryTarget, OrdinalTarget, RegressionTarget
+from paddy_multi.use.predict import ensemble, predict_named
+from paddy_multi.targets.declare import Targets, by_name
 
 PARTS = ['loop', 'line']
 

@@ -21,8 +21,8 @@ from fastai.vision.all import (BalancedAccuracy, BCEWithLogitsLossFlat, Callback
 from hypothesis import assume, given, settings, strategies as st
 from torch import nn
 
-from paddy_multi.data import sample_digits
-from paddy_multi.sliced import combined_loss, sliced_metrics
+from paddy_multi.data.digits import sample_digits
+from paddy_multi.targets.slices import combined_loss, sliced_metrics
 
 matplotlib.use('agg')
 fast = settings(deadline=None, max_examples=40)

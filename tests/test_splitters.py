@@ -11,7 +11,7 @@ from fastai.data.block import DataBlock, TransformBlock
 from fastai.torch_core import set_seed
 from hypothesis import given, settings, strategies as st
 
-from paddy_multi.splitters import GroupSplitter, StratifiedSplitter
+from paddy_multi.data.splitters import GroupSplitter, StratifiedSplitter
 
 
 def first(o): return o[0]
@@ -84,7 +84,7 @@ def test_every_process_splits_alike(labels):
     "Hashes of text, and so the order of a set, differ from process to process"
     code = f'''
 import numpy as np
-from paddy_multi.splitters import StratifiedSplitter
+from paddy_multi.data.splitters import StratifiedSplitter
 rng = np.random.default_rng(1)
 items = [{labels}(str(o) for o in rng.choice([*"abcdefgh"], 3, replace=False)) for _ in range(60)]
 if {labels} is list: items = [*map(str, items)]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from paddy_multi.paddy import sample_paddy
+from paddy_multi.data.paddy import sample_paddy
 
 COMMAND = Path(sys.executable).with_name('paddy-multi')
 SMALL = ['--arch', 'test_resnet', '--no-pretrained', '--size', '32']          # timm's smallest, made for tests

@@ -16,7 +16,7 @@ from fastai.vision.learner import vision_learner
 from torch import nn
 
 from paddy_multi import weights
-from paddy_multi.weights import efficientnet_lite0_packaged, packaged_weights, renamed
+from paddy_multi.data.weights import efficientnet_lite0_packaged, packaged_weights, renamed
 
 NAME = 'efficientnet_lite0_packaged'
 
@@ -165,6 +165,6 @@ def test_without_package_timm_s_weights_are_asked_for(without_package, monkeypat
     assert torch.equal(model.conv_stem.weight, packaged['conv_stem.weight']) and 'tf_efficientnet_lite0' in str(asked)
 
 def test_importing_twice_warns_of_nothing():
-    code = 'import paddy_multi.weights, paddy_multi.all'
+    code = 'import paddy_multi.data.weights, paddy_multi.all'
     done = subprocess.run([sys.executable, '-W', 'error::UserWarning:timm', '-c', code], capture_output=True, text=True)
     assert done.returncode == 0 and 'verwrit' not in done.stderr, done.stderr
