@@ -1,7 +1,7 @@
 """How well the models of collab_deep foresee and rank MovieLens-100k, beside the targets set before they were written.
 
-Settings were chosen on an inner split: a tenth of the training rows, the validation rows never looked at. Then every model is
-trained from five seeds on all training rows. A target that is missed is reported as missed.
+Settings were chosen on an inner split: a tenth of the training rows, the validation rows never looked at. Then every
+model is trained from five seeds on all training rows. A target that is missed is reported as missed.
 """
 import argparse
 import math
@@ -26,8 +26,9 @@ from collab_deep.data.splits import LeaveLastSplitter, split_rows
 
 STARS = (0, 5.5)
 SEEDS = range(5)
-FACTOR = dict(bs=1024, epochs=10, model='factor', n_factors=50, y_range=STARS, lr=1.5e-2, wd=2.)   # chosen on the inner split
-RANKING = dict(bs=4096, epochs=20, loss='softmax', n_factors=64, lr=1.5e-2, wd=1.)                # chosen on the inner split
+# chosen on the inner split
+FACTOR = dict(bs=1024, epochs=10, model='factor', n_factors=50, y_range=STARS, lr=1.5e-2, wd=2.)
+RANKING = dict(bs=4096, epochs=20, loss='softmax', n_factors=64, lr=1.5e-2, wd=1.)
 
 # --- data -----------------------------------------------------------------------------------------------------------
 def features():
@@ -38,9 +39,9 @@ def features():
 
 def last_of_each(ratings):
     "The last rating of each user, without that title in the user's training rows (two films can share one)"
-    train, last = LeaveLastSplitter()(ratings)
+    train,last = LeaveLastSplitter()(ratings)
     pair = pd.MultiIndex.from_frame(ratings[['user', 'title']])
-    return train[~pair[train].isin(pair[last])], last
+    return train[~pair[train].isin(pair[last])],last
 
 # --- training -------------------------------------------------------------------------------------------------------
 def fit(ratings, splits, seed, bs, epochs, **kwargs):
@@ -50,29 +51,31 @@ def fit(ratings, splits, seed, bs, epochs, **kwargs):
     set_seed(seed)
     learn = collab_deep_learner(dls, **kwargs)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs)
-    return learn, time.process_time() - start
+    return learn,time.process_time() - start
 
 def mse(model, dls):
     "Mean squared error on the validation ratings, ids that training lacks included"
-    x, y = dls.ratings_of('valid')
+    x,y = dls.ratings_of('valid')
     with torch.no_grad(): return F.mse_loss(model.eval()(x), y).item()
 
 def several(ratings, splits, seeds, measure, **kwargs):
     "`measure(learner)` and seconds for each seed, and the models"
-    rows, models = [], []
+    rows,models = [],[]
     for seed in seeds:
-        learn, seconds = fit(ratings, splits, seed, **kwargs)
+        learn,seconds = fit(ratings, splits, seed, **kwargs)
         rows.append(dict(measure(learn), seconds=seconds))
         models.append(learn)
-        print(f'  seed {seed}', {k: round(v, 4) for k, v in rows[-1].items()}, flush=True)
-    return rows, models
+        print(f'  seed {seed}', {k: round(v, 4) for k,v in rows[-1].items()}, flush=True)
+    return rows,models
 
 # --- rows of the table ----------------------------------------------------------------------------------------------
 def row(name, measure, values, target, at_most=True, **more):
     "One line of the result: the mean over seeds against its target"
     mean = float(np.mean(values))
-    return dict(name=name, measure=measure, mean=digits(mean), sd=digits(float(np.std(values, ddof=1))) if len(values) > 1 else None,
-                target=target, at_most=at_most, met=bool(mean <= target if at_most else mean >= target), values=[digits(v) for v in values], **more)
+    sd = digits(float(np.std(values, ddof=1))) if len(values) > 1 else None
+    met = mean <= target if at_most else mean >= target
+    return dict(name=name, measure=measure, mean=digits(mean), sd=sd, target=target, at_most=at_most, met=bool(met),
+                values=[digits(v) for v in values], **more)
 
 def rating_rows(ratings, seeds):
     splits = partial(split_rows, seed=42)
@@ -80,9 +83,9 @@ def rating_rows(ratings, seeds):
     models = {'DotProductBias': (dict(bs=512, epochs=5, n_factors=50, y_range=STARS), .812),
               'EmbeddingNN': (dict(bs=512, epochs=5, use_nn=True, layers=[100, 50], y_range=STARS), .850),
               'FactorModel': (dict(FACTOR, config=features()), .762)}
-    for name, (kwargs, target) in models.items():
+    for name,(kwargs,target) in models.items():
         print(name, flush=True)
-        rows, learners = several(ratings, splits, seeds, score, **kwargs)
+        rows,learners = several(ratings, splits, seeds, score, **kwargs)
         yield row(name, 'MSE', [o['mse'] for o in rows], target)
         if name == 'FactorModel': yield row(name, 'processor seconds', [o['seconds'] for o in rows], 15)
     ensemble = Ensemble.of([o.model for o in learners])
@@ -91,33 +94,44 @@ def rating_rows(ratings, seeds):
 def fold_row(ratings, n=5):
     "5-fold RMSE of the single model; squared errors of all folds, then the root"
     print('5 folds', flush=True)
-    rows = [several(ratings, fold, [0], lambda learn: dict(mse=mse(learn.model, learn.dls)), **FACTOR, config=features())[0][0]
-            for fold in list(KFold(5, shuffle=True, random_state=0).split(ratings))[:n]]
-    return row('FactorModel', f'RMSE, {n} folds', [math.sqrt(o['mse']) for o in rows], .876)
+    def score(learn): return dict(mse=mse(learn.model, learn.dls))
+    errors = []
+    for fold in list(KFold(5, shuffle=True, random_state=0).split(ratings))[:n]:
+        rows,_ = several(ratings, fold, [0], score, **FACTOR, config=features())
+        errors.append(math.sqrt(rows[0]['mse']))
+    return row('FactorModel', f'RMSE, {n} folds', errors, .876)
 
 def ranking_rows(ratings, seeds):
-    ways = {'A': (partial(split_rows, seed=42), 4, dict(recall=.27, ndcg=.34)), 'B': (last_of_each, None, dict(recall=.14))}
-    for way, (splits, threshold, targets) in ways.items():
+    ways = {'A': (partial(split_rows, seed=42), 4, dict(recall=.27, ndcg=.34)),
+            'B': (last_of_each, None, dict(recall=.14))}
+    for way,(splits,threshold,targets) in ways.items():
         print(f'ranking {way}', flush=True)
         def score(learn): return evaluate_ranking(learn, 10, threshold).value[['recall', 'ndcg']].to_dict()
-        rows, learners = several(ratings, splits, seeds, score, **RANKING)
+        rows,learners = several(ratings, splits, seeds, score, **RANKING)
         popular = evaluate_ranking(learners[0], 10, threshold).popularity
-        for measure, target in targets.items():
-            yield row('DotProductBias, softmax', f'{measure}@10, {way}', [o[measure] for o in rows], target, at_most=False, popularity=digits(popular[measure]))
+        for measure,target in targets.items():
+            values = [o[measure] for o in rows]
+            yield row('DotProductBias, softmax', f'{measure}@10, {way}', values, target, at_most=False,
+                      popularity=digits(popular[measure]))
 
 def main(argv=None):
     p = argparse.ArgumentParser(prog='collab_quality.py', description='Are the models as good as they should be?')
-    p.add_argument('--quick', action='store_true', help='one seed and few ratings, to see that it runs; writes to build/benchmarks')
+    p.add_argument('--quick', action='store_true',
+                   help='one seed and few ratings, to see that it runs; writes to build/benchmarks')
     p.add_argument('--out', type=Path, help='folder for the JSON')
     args = p.parse_args(argv)
     torch.set_num_threads(1)
-    began, ratings, seeds = about('collab_quality', 0, 1, 'processor', args.quick), movielens_100k(), SEEDS
+    began = about('collab_quality', 0, 1, 'processor', args.quick)
+    ratings,seeds = movielens_100k(),SEEDS
     if args.quick:
-        ratings, seeds = ratings.sample(2000, random_state=0), range(1)
+        ratings,seeds = ratings.sample(2000, random_state=0),range(1)
         FACTOR['epochs'] = RANKING['epochs'] = 1
     began['seeds'] = dict(training=', '.join(map(str, seeds)), split=42)
     rows = [*rating_rows(ratings, seeds), fold_row(ratings, 1 if args.quick else 5), *ranking_rows(ratings, seeds)]
-    save_table(dict(name='collab_quality', title='Quality of recommendations', question='Are the models as good as they should be?', about=began, rows=rows), args.out)
-    for o in rows: print(f'{"met   " if o["met"] else "MISSED"} {o["name"]}, {o["measure"]}: {o["mean"]} (target {o["target"]})')
+    save_table(dict(name='collab_quality', title='Quality of recommendations', about=began, rows=rows,
+                    question='Are the models as good as they should be?'), args.out)
+    for o in rows:
+        verdict = 'met   ' if o['met'] else 'MISSED'
+        print(f'{verdict} {o["name"]}, {o["measure"]}: {o["mean"]} (target {o["target"]})')
 
 if __name__ == '__main__': main()

@@ -1,8 +1,9 @@
-"""One way to measure everything: variants take turns in one process, beside a control that shows how far chance alone goes.
+"""One way to measure everything: variants take turns in one process, beside a control that shows chance alone.
 
-A benchmark is a script that lists `Case`s and calls `main`. In every round each variant of a case runs once, in an order that
-rotates and turns round, and is compared with the baseline *of the same round*: what slows the machine for a second slows both.
-The baseline runs a second time under another name (A/A): its ratio to itself is the noise floor for every other ratio.
+A benchmark is a script that lists `Case`s and calls `main`. In every round each variant of a case runs once, in an
+order that rotates and turns round, and is compared with the baseline *of the same round*: what slows the machine for
+a second slows both. The baseline runs a second time under another name (A/A): its ratio to itself is the noise floor
+for every other ratio.
 """
 import argparse
 import ctypes
@@ -31,7 +32,8 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE/'results'
 TABLES = RESULTS/'tables'
 QUICK = HERE.parent/'build'/'benchmarks'
-CLOCKS = dict(wall=timer, processor=time.process_time)  # the second does not count while a neighbour runs, nor while it waits
+# The second does not count while a neighbour runs, nor while it waits
+CLOCKS = dict(wall=timer, processor=time.process_time)
 PACKAGES = ('torch', 'fastai', 'timm', 'numpy', 'paddy-multi')
 
 # --- what is measured -----------------------------------------------------------------------------------------------
@@ -54,9 +56,11 @@ class Case:
     rounds: int = 48  # a multiple of 6 gives baseline, control and one variant all their orders equally often
 
 def keep_freed_memory():
-    "Have glibc keep what is freed, as a long training does: else sides differ by how often they fetch it again, in thousands of page faults"
+    "Have glibc keep what is freed, as a long training does"
+    # Else sides differ by how often they fetch it again, in thousands of page faults
     if platform.libc_ver()[0] != 'glibc': return
-    mallopt, (trim_threshold, mmap_max) = ctypes.CDLL(None).mallopt, (-1, -4)
+    trim_threshold, mmap_max = -1, -4
+    mallopt = ctypes.CDLL(None).mallopt
     mallopt(mmap_max, 0)
     mallopt(trim_threshold, 2**31-1)
 
@@ -96,17 +100,22 @@ def control_name(baseline): return f'{baseline} (A/A)'
 class Turns:
     "Variants of a case taking turns; one that fails drops out, with its error"
     def __init__(self, variants, block, clock):
-        self.variants = {k: v if isinstance(v, Variant) else Variant(v) for k, v in variants.items()}
-        self.baseline = next(iter(self.variants))
-        self.variants = {self.baseline: self.variants[self.baseline], control_name(self.baseline): self.variants[self.baseline],
-                         **self.variants}
-        self.seconds, self.extra = ({k: [] for k in self.variants} for _ in range(2))
-        self.errors, self.number, self.block, self.clock = {}, {}, block, clock
+        variants = {k: v if isinstance(v, Variant) else Variant(v) for k, v in variants.items()}
+        self.baseline = next(iter(variants))
+        first = variants[self.baseline]
+        self.variants = {self.baseline: first, control_name(self.baseline): first, **variants}
+        self.seconds = {k: [] for k in self.variants}
+        self.extra = {k: [] for k in self.variants}
+        self.errors, self.number = {}, {}
+        self.block, self.clock = block, clock
 
     def warm_up(self, times):
         "Run each variant untimed, then settle how many calls make a block: the control takes the baseline's"
-        for name in self.variants: self.attempt(name, lambda v: [time_block(v, 1, self.clock) for _ in range(times)])
-        for name in self.variants: self.attempt(name, lambda v: self.number.update({name: block_size(v, self.block, self.clock)}))
+        def untimed(variant):
+            for _ in range(times): time_block(variant, 1, self.clock)
+        def settle(name, variant): self.number[name] = block_size(variant, self.block, self.clock)
+        for name in self.variants: self.attempt(name, untimed)
+        for name in self.variants: self.attempt(name, partial(settle, name))
         self.number[control_name(self.baseline)] = self.number.get(self.baseline)
 
     def attempt(self, name, do):
@@ -130,7 +139,8 @@ class Turns:
         "What is kept of one variant; ratios and differences are those of the same round"
         mine, base, extra = self.seconds[name], self.seconds[self.baseline], self.extra[name]
         pairs = list(zip(mine, base)) if name != self.baseline else []
-        return dict(name=name, control=name == control_name(self.baseline), error=self.errors.get(name), calls=self.number.get(name),
+        return dict(name=name, control=name == control_name(self.baseline),
+                    error=self.errors.get(name), calls=self.number.get(name),
                     seconds=spread(mine) if mine else None,
                     ratio=spread([a/b for a, b in pairs]) if pairs else None,
                     added=spread([a-b for a, b in pairs]) if pairs else None,
@@ -142,7 +152,8 @@ def compare(case, seed=42, rounds=None, block=.02, warmup=3, clock=timer):
     try:
         set_seed(seed)
         variants = case.make()
-        if control_name(next(iter(variants))) in variants: raise ValueError('the name of the control is taken by a variant')
+        baseline = next(iter(variants))
+        if control_name(baseline) in variants: raise ValueError('the name of the control is taken by a variant')
         turns = Turns(variants, block, clock)
     except Exception as e:
         traceback.print_exc()
@@ -153,8 +164,11 @@ def compare(case, seed=42, rounds=None, block=.02, warmup=3, clock=timer):
 
 def failures(result):
     "Every error in a result, as text"
-    return [f'{case["name"]}: {o["error"]}' if 'variants' in o else f'{case["name"]}, {o["name"]}: {o["error"]}'
-            for case in result['cases'] for o in (case, *case['variants']) if o['error']]
+    found = []
+    for case in result['cases']:
+        if case['error']: found.append(f'{case["name"]}: {case["error"]}')
+        found += [f'{case["name"]}, {o["name"]}: {o["error"]}' for o in case['variants'] if o['error']]
+    return found
 
 # --- where it was measured ------------------------------------------------------------------------------------------
 def cpu_model():
@@ -167,7 +181,8 @@ def machine():
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     pages = {'SC_PAGE_SIZE', 'SC_PHYS_PAGES'} <= getattr(os, 'sysconf_names', {}).keys()
     memory = round(os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')/2**30, 1) if pages else None
-    return dict(cpu=cpu_model(), simd=torch.backends.cpu.get_cpu_capability(), cores=cores, memory_gib=memory, arch=platform.machine(),
+    return dict(cpu=cpu_model(), simd=torch.backends.cpu.get_cpu_capability(), cores=cores, memory_gib=memory,
+                arch=platform.machine(),
                 system=f'{platform.system()} {".".join(platform.release().split(".")[:2])}',
                 accelerator=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
 
@@ -179,7 +194,8 @@ def versions():
 
 def about(name, seed, threads, clock, quick):
     load = round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None
-    return dict(machine=machine(), versions=versions(), seeds=dict(all=seed), threads=threads, clock=clock, load_before=load, quick=quick,
+    return dict(machine=machine(), versions=versions(), seeds=dict(all=seed), threads=threads, clock=clock,
+                load_before=load, quick=quick,
                 date=datetime.now(timezone.utc).strftime('%Y-%m-%d %H:%M UTC'),
                 command=f'python benchmarks/run.py {name}{" --quick" if quick else ""}')
 
@@ -193,7 +209,8 @@ def save(result, folder):
     "Write `result` to `folder`; a quick one never goes where the real ones are"
     folder = Path(folder).resolve()
     if result['about']['quick'] and folder in (RESULTS, TABLES):
-        raise ValueError(f'a quick result proves nothing: expected a folder other than benchmarks/{RESULTS.name}, choose another --out')
+        raise ValueError('a quick result proves nothing: '
+                         f'expected a folder other than benchmarks/{RESULTS.name}, choose another --out')
     folder.mkdir(parents=True, exist_ok=True)
     path = folder/f'{result["name"]}.json'
     path.write_text(dumps(result), encoding='utf-8')
@@ -211,27 +228,31 @@ def line(case):
         if o['error']: return f'{o["name"]}: FAILED, {o["error"]}'
         if not o['ratio']: return f'{o["name"]} {o["seconds"]["median"]*1e3:.3g} ms'
         r = o['ratio']
-        return f'{o["name"]} {r["median"]:.3f}' + (f' [{r["low"]:.3f}, {r["high"]:.3f}]' if r['low'] is not None else '')
+        interval = '' if r['low'] is None else f' [{r["low"]:.3f}, {r["high"]:.3f}]'
+        return f'{o["name"]} {r["median"]:.3f}{interval}'
     params = ', '.join(f'{k} {v}' for k, v in case['params'].items())
     return f'{case["name"]}{f" ({params})" if params else ""}: ' + ' | '.join(show(o) for o in case['variants'])
 
 def measure(name, title, question, cases, findings=None, seed=42, threads=1, clock='wall', quick=False, log=print):
-    "Run all cases by `clock`, 'wall' or 'processor' time; `findings(result)` may add numbers that follow from several of them"
+    "Run all cases by `clock`, 'wall' or 'processor' time; `findings(result)` may add numbers that follow from several"
     if clock not in CLOCKS: raise ValueError(f'expected a clock of {list(CLOCKS)}, found {clock!r}')
     torch.set_num_threads(threads)
-    result = dict(name=name, title=title, question=question, about=about(name, seed, threads, clock, quick), findings=[], cases=[])
+    began = about(name, seed, threads, clock, quick)
+    result = dict(name=name, title=title, question=question, about=began, findings=[], cases=[])
     speed = dict(rounds=6, block=.001, warmup=1) if quick else {}
     for i, case in enumerate(cases, 1):
-        result['cases'].append(compare(case, seed, clock=CLOCKS[clock], **speed))
-        log(f'  [{i}/{len(cases)}] {line(result["cases"][-1])}', flush=True)
+        measured = compare(case, seed, clock=CLOCKS[clock], **speed)
+        result['cases'].append(measured)
+        log(f'  [{i}/{len(cases)}] {line(measured)}', flush=True)
     if findings and not failures(result): result['findings'] = findings(result)
     return result
 
 def main(name, title, question, cases, argv=None, **kwargs):
-    "A benchmark script's command line; `cases(quick)` lists its cases. Exits with 1 when a variant failed, after saving the rest"
+    "A benchmark's command line; `cases(quick)` lists its cases. A failed variant exits with 1, after the rest is saved"
     p = argparse.ArgumentParser(prog=f'{name}.py', description=question)
     p.add_argument('--quick', action='store_true', help='a few short rounds, to see that it runs')
-    p.add_argument('--out', type=Path, help='folder for the JSON; with --quick build/benchmarks, otherwise benchmarks/results')
+    p.add_argument('--out', type=Path,
+                   help='folder for the JSON; with --quick build/benchmarks, otherwise benchmarks/results')
     args = p.parse_args(argv)
     result = measure(name, title, question, cases(args.quick), quick=args.quick, **kwargs)
     save(result, args.out or (QUICK if args.quick else RESULTS))

@@ -1,7 +1,8 @@
-"""What `MicroBatch` costs beside a plain loop that runs the same chunks: around a model that does nothing, and in a real step.
+"""What `MicroBatch` costs beside a plain loop over the same chunks: around an empty model, and in a real step.
 
-Labels and images are random numbers: only time is measured. Before timing, both sides must arrive at the same weights: those of the
-plain loop over chunks, and with `whole_head=True`, where the head has BatchNorm, those of a plain loop over whole batches.
+Labels and images are random numbers: only time is measured. Before timing, both sides must arrive at the same weights:
+those of the plain loop over chunks, and with `whole_head=True`, where the head has BatchNorm, those of a plain loop
+over whole batches.
 """
 import warnings
 from functools import partial
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from paddy_multi.accumulate.microbatch import MicroBatch
 
 ARCH, SIZE, BS, CHUNKS, BATCHES = 'convnext_atto', 64, 64, 4, 8
-warnings.filterwarnings('ignore', '.*BatchNorm takes its statistics')  # what chunks do to the head's BatchNorm is known here
+warnings.filterwarnings('ignore', '.*BatchNorm takes its statistics')  # it is known here
 warnings.filterwarnings('ignore', '.*torch.jit.script')
 
 # --- models and data ------------------------------------------------------------------------------------------------
@@ -44,7 +45,9 @@ def by_hand(make, b, n, chunk, lr=1e-6):
     def run():
         model.train()
         for x, y in [b]*n:
-            for xb, yb in zip(x.split(chunk), y.split(chunk)): (F.cross_entropy(model(xb), yb)*(len(xb)/len(x))).backward()
+            for xb, yb in zip(x.split(chunk), y.split(chunk)):
+                loss = F.cross_entropy(model(xb), yb)*(len(xb)/len(x))
+                loss.backward()
             opt.step()
             opt.zero_grad()
     return run, model
@@ -64,13 +67,16 @@ def same(make, a, b, what):
     start = weights(seeded(make))
     for run, _ in (a, b): run()
     moved, found = (weights(model)-start for _, model in (a, b))
-    if not (moved.norm() > 0 and (found-moved).norm() < .02*moved.norm()): raise ValueError(f'{what}: updates by hand and ours differ by {float((found-moved).norm()/moved.norm()):.2g}')
+    off = (found-moved).norm()/moved.norm()
+    if not (moved.norm() > 0 and off < .02):
+        raise ValueError(f'{what}: updates by hand and ours differ by {float(off):.2g}')
 
 # --- cases ----------------------------------------------------------------------------------------------------------
 def variants(make, b, n):
     chunk = chunk_of(b)
     same(make, by_hand(make, b, 1, chunk, lr=1e-3), in_learner(make, b, 1, MicroBatch(chunk), lr=1e-3), 'MicroBatch')
-    return {'plain loop over chunks': by_hand(make, b, n, chunk)[0], 'MicroBatch': in_learner(make, b, n, MicroBatch(chunk))[0]}
+    return {'plain loop over chunks': by_hand(make, b, n, chunk)[0],
+            'MicroBatch': in_learner(make, b, n, MicroBatch(chunk))[0]}
 
 def nothing_variants(bs):
     "Beside them fastai's loop without the callback"
@@ -88,7 +94,8 @@ def head_variants(bs, size, arch):
 
 def cases(quick):
     bs, size, arch = (8, 32, 'test_convnext') if quick else (BS, SIZE, ARCH)
-    def case(name, make, *args, **kw): return Case(name, lambda: make(bs, *args), dict(bs=bs, chunk=bs//CHUNKS), **kw)
+    def case(name, make, *args, **kw):
+        return Case(name, lambda: make(bs, *args), dict(bs=bs, chunk=bs//CHUNKS), **kw)
     return [case(f'epoch of {BATCHES} batches, a linear model', nothing_variants),
             case('training step', step_variants, size, arch, rounds=24),
             case('training step, head with BatchNorm', head_variants, size, arch, rounds=24)]
@@ -98,15 +105,19 @@ def findings(result):
     "The share of a step that callback and learner take, measured apart and in the step; and what a whole head takes"
     alone, step, head = (o['variants'] for o in result['cases'])
     whole = step[0]['seconds']['median']*BATCHES
-    def share(o): return {k: digits(100*o['added'][k]/whole, 3) for k in ('median', 'low', 'high')}
-    def more(o): return {k: digits(100*(o['ratio'][k]-1), 3) for k in ('median', 'low', 'high')}
+    def percent(values, of): return {k: digits(of(values[k]), 3) for k in ('median', 'low', 'high')}
+    def share(o): return percent(o['added'], lambda seconds: 100*seconds/whole)
+    def more(o): return percent(o['ratio'], lambda ratio: 100*(ratio-1))
+    def finding(name, where, measure, o, control):
+        return dict(name=name, where=where, **measure(o), control=measure(control))
     where = f'{ARCH}, {SIZE} px, batches of {BS} in {BS//CHUNKS}s, CPU'
-    return [dict(name='MicroBatch and its Learner: time added, % of a step (apart)', where=where, **share(alone[2]), control=share(alone[1])),
-            dict(name='a Learner without MicroBatch: time added, % of a step (apart)', where=where, **share(alone[3]), control=share(alone[1])),
-            dict(name='MicroBatch and its Learner: time added, % of a step (in it)', where=where, **more(step[2]), control=more(step[1])),
-            dict(name='whole_head=True: time added, % of a step', where=f'{where}, head with BatchNorm', **more(head[3]), control=more(head[1]))]
+    return [finding('MicroBatch and its Learner: time added, % of a step (apart)', where, share, alone[2], alone[1]),
+            finding('a Learner without MicroBatch: time added, % of a step (apart)', where, share, alone[3], alone[1]),
+            finding('MicroBatch and its Learner: time added, % of a step (in it)', where, more, step[2], step[1]),
+            finding('whole_head=True: time added, % of a step', where+', head with BatchNorm', more, head[3], head[1])]
 
 if __name__ == '__main__':
     keep_freed_memory()
-    main('microbatch', 'Whole batches in chunks', "How much time does MicroBatch add to the chunks' own forward and backward?", cases, findings=findings,
+    question = "How much time does MicroBatch add to the chunks' own forward and backward?"
+    main('microbatch', 'Whole batches in chunks', question, cases, findings=findings,
          clock='processor')  # one thread that never waits

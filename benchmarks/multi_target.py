@@ -1,7 +1,8 @@
-"""What declared targets cost beside functions written by hand: two targets inside a real step, and forty or a hundred alike.
+"""What declared targets cost beside functions written by hand: two targets in a real step, forty or a hundred alike.
 
-Labels and images are random numbers: only time is measured. By hand means what Road to the Top, part 4 does: a tuple of blocks, a loss
-that adds up slices, and an error rate and a loss for each target among the metrics. Both sides must give the same numbers first.
+Labels and images are random numbers: only time is measured. By hand means what Road to the Top, part 4 does: a tuple
+of blocks, a loss that adds up slices, and an error rate and a loss for each target among the metrics. Both sides must
+give the same numbers first.
 """
 from operator import itemgetter
 
@@ -17,19 +18,22 @@ from sliced import ARCH, loss_by_hand, metrics_by_hand, same, seen
 from torch import nn
 from torch.nn import functional as F
 
-from paddy_multi.kinds.kinds import CategoryTarget
-from paddy_multi.train.learner import CheckTargets
+from paddy_multi.kinds.category import CategoryTarget
+from paddy_multi.targets.declare import Targets
+from paddy_multi.targets.encoded import TensorTargets
 from paddy_multi.targets.metrics import TotalLoss
-from paddy_multi.targets.declare import Targets, TensorTargets
+from paddy_multi.train.learner import CheckTargets
 
 COUNTS, WIDTH = (2, 40, 100), 10
 PARTS = 'loss', 'metrics', 'collation'
+TOGETHER = 'loss, metrics and collation'
 
 # --- both sides -----------------------------------------------------------------------------------------------------
 def declared(n):
     "A fitted table of `n` targets with `WIDTH` classes each"
     names = [f'target{i}' for i in range(n)]
-    return Targets({o: CategoryTarget(itemgetter(o)) for o in names}).fit([dict.fromkeys(names, k) for k in range(WIDTH)])
+    rows = [dict.fromkeys(names, k) for k in range(WIDTH)]
+    return Targets({o: CategoryTarget(itemgetter(o)) for o in names}).fit(rows)
 
 def all_by_hand(n):
     "An error rate and a loss for each target, as functions of all targets"
@@ -40,7 +44,8 @@ def batch(n, bs, seed=0):
     "Output `[bs, n*WIDTH]`, and labels as a tuple of class numbers and as one row an item"
     rng = torch.Generator().manual_seed(seed)
     targs = torch.randint(WIDTH, (bs, n), generator=rng)
-    return torch.randn(bs, n*WIDTH, generator=rng).requires_grad_(), [o.contiguous() for o in targs.unbind(1)], targs.float()
+    preds = torch.randn(bs, n*WIDTH, generator=rng).requires_grad_()
+    return preds, [o.contiguous() for o in targs.unbind(1)], targs.float()
 
 # --- each part ------------------------------------------------------------------------------------------------------
 def loss_runs(n, bs):
@@ -65,7 +70,7 @@ def metric_runs(n, bs):
     a, b = seen(preds, by_hand), seen(preds, [rows])
     b.y = rows
     a.values = b.values = True
-    if not torch.allclose(*(run(*o) for o in ((hand, a), (ours, b))), rtol=1e-5): raise ValueError('metrics by hand and ours differ')
+    if not torch.allclose(run(hand, a), run(ours, b), rtol=1e-5): raise ValueError('metrics by hand and ours differ')
     a.values = b.values = False
     return lambda: run(hand, a), lambda: run(ours, b)
 
@@ -81,7 +86,8 @@ def sides(hand, ours): return {'by hand': hand, 'declared targets': ours}
 def loss_variants(n, bs, size):
     hand, ours = loss_runs(n, bs)
     for a, b in zip(hand(), ours()):
-        if not torch.allclose(a, b, rtol=1e-5, atol=1e-8): raise ValueError('losses or gradients by hand and ours differ')
+        if torch.allclose(a, b, rtol=1e-5, atol=1e-8): continue
+        raise ValueError('losses or gradients by hand and ours differ')
     return sides(hand, ours)
 
 def metric_variants(n, bs, size): return sides(*metric_runs(n, bs))
@@ -131,27 +137,37 @@ def width_variants(n, bs, size): return {'2 targets': our_step(2, bs, size), f'{
 def cases(quick):
     bs, size, counts = (4, 32, (2, 5)) if quick else (64, 64, COUNTS)
     def case(name, make, n, **kw): return Case(name, lambda: make(n, bs, size), dict(targets=n, bs=bs), **kw)
-    parts = [*zip(PARTS, (loss_variants, metric_variants, collate_variants)), ('loss, metrics and collation', all_variants)]
-    return [*(case(name, make, n) for name, make in parts for n in counts), case('epoch of a linear model', loop_variants, 2),
-            case('training step', step_variants, 2, rounds=24), case('training step, ours', width_variants, counts[-1], rounds=24)]
+    parts = {**dict(zip(PARTS, (loss_variants, metric_variants, collate_variants))), TOGETHER: all_variants}
+    return [*(case(name, make, n) for name, make in parts.items() for n in counts),
+            case('epoch of a linear model', loop_variants, 2),
+            case('training step', step_variants, 2, rounds=24),
+            case('training step, ours', width_variants, counts[-1], rounds=24)]
 
 # --- what follows ---------------------------------------------------------------------------------------------------
 def findings(result):
     "The share of a step that two targets cost, and how much faster many are"
     counts = sorted({o['params']['targets'] for o in result['cases']})
-    def case(name, n): return next(o for o in result['cases'] if o['name'] == name and o['params']['targets'] == n)['variants']
-    whole = case('training step', 2)[0]['seconds']['median']
-    def share(name, which, batches=1): return {k: digits(100*case(name, 2)[which]['added'][k]/whole/batches, 3) for k in ('median', 'low', 'high')}
+    cases = {(o['name'], o['params']['targets']): o['variants'] for o in result['cases']}
+    whole = cases['training step', 2][0]['seconds']['median']
+    def share(name, which, batches):
+        added = cases[name, 2][which]['added']
+        return {k: digits(100*added[k]/whole/batches, 3) for k in ('median', 'low', 'high')}
+    def costs(what, name, batches=1):
+        return dict(name=f'2 targets, {what}: time added, % of a step', where=f'{ARCH}, 64 px, batches of 64, CPU',
+                    **share(name, 2, batches), control=share(name, 1, batches))
     def faster(n, which):
-        hand, ours = ([case(part, n)[i]['seconds'] for part in PARTS] for i in (0, which))
+        hand = [cases[part, n][0]['seconds'] for part in PARTS]
+        ours = [cases[part, n][which]['seconds'] for part in PARTS]
         def ratio(above, below): return digits(sum(o[above] for o in hand)/sum(o[below] for o in ours), 3)
         return dict(median=ratio('median', 'median'), low=ratio('low', 'high'), high=ratio('high', 'low'))
-    where = f'{ARCH}, 64 px, batches of 64, CPU'
-    return [dict(name=f'2 targets, {name}: time added, % of a step', where=where, **share(key, 2, per), control=share(key, 1, per))
-            for name, key, per in [('loss, metrics and collation', 'loss, metrics and collation', 1), ('everything in the loop, a batch of five', 'epoch of a linear model', 5)]] + [
-            dict(name=f'{n} targets, loss, metrics and collation, each alone: times faster', where=f'{WIDTH} classes each, batches of 64, CPU', **faster(n, 2), control=faster(n, 1))
-            for n in counts[1:]]
+    def saves(n):
+        return dict(name=f'{n} targets, {TOGETHER}, each alone: times faster',
+                    where=f'{WIDTH} classes each, batches of 64, CPU', **faster(n, 2), control=faster(n, 1))
+    return [costs(TOGETHER, TOGETHER), costs('everything in the loop, a batch of five', 'epoch of a linear model', 5),
+            *(saves(n) for n in counts[1:])]
 
 if __name__ == '__main__':
     keep_freed_memory()
-    main('multi_target', 'Declared targets', 'What do declared targets cost, and what do they save when there are many?', cases, findings=findings, clock='processor')
+    main('multi_target', 'Declared targets',
+         'What do declared targets cost, and what do they save when there are many?',
+         cases, findings=findings, clock='processor')

@@ -27,15 +27,17 @@ def interval_text(spread, fmt):
 def ratio_text(spread): return interval_text(spread, '{:.3f}'.format)
 
 def beyond_noise(variant, control):
-    "'slower' or 'faster' where the 95% interval of the median ratio lies clear of the control's, 'no' where they overlap"
+    "'slower' or 'faster' where the 95% interval of the median ratio lies clear of the control's, else 'no'"
     a, b = variant['ratio'], control['ratio']
     if a['low'] is None: return 'too few rounds'
-    return 'slower' if a['low'] > b['high'] else 'faster' if a['high'] < b['low'] else 'no'
+    if a['low'] > b['high']: return 'slower'
+    return 'faster' if a['high'] < b['low'] else 'no'
 
 # --- tables ---------------------------------------------------------------------------------------------------------
 def sides(case):
     "A case's baseline, control and the others; `ValueError` for a result that holds errors"
-    if errors := [o['error'] for o in (case, *case['variants']) if o['error']]: raise ValueError(f'{case["name"]} failed: {errors}')
+    errors = [o['error'] for o in (case, *case['variants']) if o['error']]
+    if errors: raise ValueError(f'{case["name"]} failed: {errors}')
     return case['variants']
 
 def label(case, cases):
@@ -55,32 +57,38 @@ def rows(result):
 
 def ratios(result):
     "Time of each variant over the baseline's, the control's ratio beside it"
-    return frame([dict(**name, **{'ratio': ratio_text(o['ratio']), 'A/A': ratio_text(control['ratio']), 'differs': beyond_noise(o, control)})
-                  for name, _, control, o in rows(result)], 'case')
+    def row(control, o):
+        return {'ratio': ratio_text(o['ratio']), 'A/A': ratio_text(control['ratio']),
+                'differs': beyond_noise(o, control)}
+    return frame([{**name, **row(control, o)} for name, _, control, o in rows(result)], 'case')
 
 def times(result):
     "Time of the baseline, and what each variant adds to it"
     def text(spread): return interval_text(spread, time_text)
-    return frame([dict(**name, **{base['name']: text(base['seconds']), 'added': text(o['added']), 'added A/A': text(control['added'])})
-                  for name, base, control, o in rows(result)], 'case')
+    def row(base, control, o):
+        return {base['name']: text(base['seconds']), 'added': text(o['added']), 'added A/A': text(control['added'])}
+    return frame([{**name, **row(*variants)} for name, *variants in rows(result)], 'case')
 
 def extras(result):
     "What was measured besides time, of baseline and variants"
     def text(spread): return interval_text(spread, '{:.4g}'.format)
-    return frame([dict(**name, **{f'{k}, {o["name"]}': text(s) for o in (base, variant) for k, s in o['extra'].items()})
-                  for name, base, _, variant in rows(result)], 'case')
+    def of(o): return {f'{k}, {o["name"]}': text(s) for k, s in o['extra'].items()}
+    return frame([{**name, **of(base), **of(variant)} for name, base, _, variant in rows(result)], 'case')
 
 def findings(result):
     "The numbers that follow from several cases, the control's beside them"
     def text(o): return interval_text(o, '{:.3f}'.format)
-    return frame([{'finding': o['name'], 'value': text(o), 'A/A': text(o['control']), 'where': o['where']} for o in result['findings']], 'finding')
+    def row(o): return {'finding': o['name'], 'value': text(o), 'A/A': text(o['control']), 'where': o['where']}
+    return frame([row(o) for o in result['findings']], 'finding')
 
 def provenance(results):
     "Machine, versions, seeds and date, a column per result"
     def flat(a):
         m = a['machine']
-        return {'date': a['date'], 'processor': f'{m["cpu"]}, {m["cores"]} cores, {m["simd"]}', 'memory': f'{m["memory_gib"]} GiB',
-                'accelerator': m['accelerator'] or 'none', 'system': f'{m["system"]} {m["arch"]}', 'threads used': a['threads'], 'clock': f'{a["clock"]} time',
+        return {'date': a['date'],
+                'processor': f'{m["cpu"]}, {m["cores"]} cores, {m["simd"]}', 'memory': f'{m["memory_gib"]} GiB',
+                'accelerator': m['accelerator'] or 'none', 'system': f'{m["system"]} {m["arch"]}',
+                'threads used': a['threads'], 'clock': f'{a["clock"]} time',
                 'load before': a['load_before'], 'seed': ', '.join(map(str, a['seeds'].values())),
                 **a['versions'], 'command': a['command']}
     return pd.DataFrame({o['name']: flat(o['about']) for o in results})
@@ -88,7 +96,8 @@ def provenance(results):
 # --- pictures -------------------------------------------------------------------------------------------------------
 def bar(ax, y, spread, color, name):
     "A dot at the median, a thick line over its 95% interval, a thin one from quartile to quartile"
-    if spread['low'] is not None: ax.plot([spread['low'], spread['high']], [y, y], color=color, lw=4, alpha=.55, solid_capstyle='butt')
+    if spread['low'] is not None:
+        ax.plot([spread['low'], spread['high']], [y, y], color=color, lw=4, alpha=.55, solid_capstyle='butt')
     ax.plot([spread['q1'], spread['q3']], [y, y], color=color, lw=1)
     ax.plot(spread['median'], y, 'o', color=color, ms=5, label=name)
 
@@ -96,16 +105,20 @@ def plot(result):
     "Ratio to the baseline of every variant and of the control, a band per case"
     cases, bands = result['cases'], [sides(o)[1:] for o in result['cases']]
     names = dict.fromkeys(o['name'] for band in bands for o in band if not o['control'])
-    colors, ticks, y = {name: f'C{i}' for i, name in enumerate(names)}, [], 0
+    colors = {name: f'C{i}' for i, name in enumerate(names)}
+    ticks, y = [], 0
     fig, ax = plt.subplots(figsize=(8, 1 + .2*sum(1 + len(band) for band in bands)), layout='constrained')
     for band in bands:
         ticks.append(y + (len(band)-1)/2)
-        for y, o in enumerate(band, y): bar(ax, y, o['ratio'], colors.get(o['name'], 'grey'), 'A/A: the baseline again' if o['control'] else o['name'])
-        y += 2
+        for i, o in enumerate(band):
+            name = 'A/A: the baseline again' if o['control'] else o['name']
+            bar(ax, y+i, o['ratio'], colors.get(o['name'], 'grey'), name)
+        y += len(band) + 1
     ax.axvline(1, color='grey', lw=.8, ls=':')
     ax.set_yticks(ticks, [label(o, cases).replace(', ', '\n', 1) for o in cases])
     ax.invert_yaxis()
-    ax.set(xlabel=f'{result["about"]["clock"]} time relative to {sides(cases[0])[0]["name"]!r} in the same round', title=result['title'])
+    baseline, clock = sides(cases[0])[0]['name'], result['about']['clock']
+    ax.set(xlabel=f'{clock} time relative to {baseline!r} in the same round', title=result['title'])
     legend = dict(zip(*reversed(ax.get_legend_handles_labels())))
     ax.legend(legend.values(), legend.keys(), frameon=False)
     return fig
@@ -114,15 +127,26 @@ def plot(result):
 def quality(result):
     "Each measure, mean and standard deviation over seeds, beside its target"
     def text(o): return f'{o["mean"]:.4g}' + (f' ± {o["sd"]:.2g}' if o['sd'] else '')
-    return frame([{'model': o['name'], 'measure': o['measure'], 'mean ± sd': text(o), 'runs': len(o['values']), 'target': f'{"at most" if o["at_most"] else "at least"} {o["target"]}',
-                   'met': 'yes' if o['met'] else 'missed', 'popularity': o.get('popularity')} for o in result['rows']], 'model')
+    def row(o):
+        return {'model': o['name'], 'measure': o['measure'], 'mean ± sd': text(o), 'runs': len(o['values']),
+                'target': f'{"at most" if o["at_most"] else "at least"} {o["target"]}',
+                'met': 'yes' if o['met'] else 'missed', 'popularity': o.get('popularity')}
+    return frame([row(o) for o in result['rows']], 'model')
 
 def growth(result):
     "Seconds and memory for each number of ratings"
-    return frame([{'ratings': f'{o["ratings"]:,}', 'users': f'{o["users"]:,}', 'items': f'{o["items"]:,}', 'batch': o['bs'], 'load, s': o['load_seconds'], 'epoch, s': o['epoch_seconds'],
-                   'peak, MB': o['peak_mb'], 'before any rating, MB': o['before_any_rating_mb'], 'for the ratings, MB': o['peak_mb']-o['before_any_rating_mb']} for o in result['rows']], 'ratings')
+    def row(o):
+        peak, before = o['peak_mb'], o['before_any_rating_mb']
+        return {'ratings': f'{o["ratings"]:,}', 'users': f'{o["users"]:,}', 'items': f'{o["items"]:,}',
+                'batch': o['bs'], 'load, s': o['load_seconds'], 'epoch, s': o['epoch_seconds'],
+                'peak, MB': peak, 'before any rating, MB': before, 'for the ratings, MB': peak-before}
+    return frame([row(o) for o in result['rows']], 'ratings')
 
 def memory(result):
     "Peak memory of each number of chunks, and its share of the whole batch's, measured and predicted"
-    return frame([{'chunks': f'{o["accum"]}{", whole head" if o["whole_head"] else ""}', 'items at a time': o['items'], 'measured, MB': o['measured_mb'], 'predicted, MB': o['predicted_mb'],
-                   'share, measured': o['measured_ratio'], 'share, predicted': o['predicted_ratio'], 'items per second': o['items_per_second']} for o in result['rows']], 'chunks')
+    def row(o):
+        return {'chunks': f'{o["accum"]}{", whole head" if o["whole_head"] else ""}', 'items at a time': o['items'],
+                'measured, MB': o['measured_mb'], 'predicted, MB': o['predicted_mb'],
+                'share, measured': o['measured_ratio'], 'share, predicted': o['predicted_ratio'],
+                'items per second': o['items_per_second']}
+    return frame([row(o) for o in result['rows']], 'chunks')

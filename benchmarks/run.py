@@ -1,4 +1,5 @@
-"Run the benchmarks, all or those named: `python benchmarks/run.py sliced`. Each is a process of its own and writes results/<name>.json"
+"""Run the benchmarks, all or those named: `python benchmarks/run.py sliced`.
+Each is a process of its own and writes results/<name>.json"""
 import argparse
 import subprocess
 import sys
@@ -25,10 +26,12 @@ def run_all(found, flags):
 def main(argv=None):
     p = argparse.ArgumentParser(prog='run.py', description=__doc__)
     p.add_argument('names', nargs='*', help=f'one or more of: {", ".join(scripts())}; none runs all')
-    p.add_argument('--quick', action='store_true', help='a few short rounds, to see that it runs; writes to build/benchmarks')
+    p.add_argument('--quick', action='store_true',
+                   help='a few short rounds, to see that it runs; writes to build/benchmarks')
     p.add_argument('--out', type=Path, help='folder for the JSON')
     args, known = p.parse_args(argv), scripts()
-    if unknown := [o for o in args.names if o not in known]: p.error(f'expected names of {list(known)}, found {unknown}')
+    unknown = [o for o in args.names if o not in known]
+    if unknown: p.error(f'expected names of {list(known)}, found {unknown}')
     flags = ['--quick']*args.quick + (['--out', str(args.out.resolve())] if args.out else [])
     failed = run_all({o: known[o] for o in args.names or known}, flags)
     if failed: sys.exit(f'failed: {", ".join(failed)}')

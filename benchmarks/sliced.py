@@ -1,7 +1,7 @@
-"""What `combined_loss` and `sliced_metrics` cost beside the functions one writes by hand: alone, and as a share of a real step.
+"""What `combined_loss` and `sliced_metrics` cost beside functions written by hand: alone, and as a share of a step.
 
-Labels and images are random numbers: only time is measured. Before timing, both sides must give the same numbers on the same tensors:
-plain ones, which is what fastai's learner hands to a loss and a metric.
+Labels and images are random numbers: only time is measured. Before timing, both sides must give the same numbers on
+the same tensors: plain ones, which is what fastai's learner hands to a loss and a metric.
 """
 from functools import reduce
 from itertools import pairwise, accumulate
@@ -17,7 +17,8 @@ from fastai.optimizer import Adam
 from fastai.torch_core import to_detach
 from harness import Case, digits, main
 
-from paddy_multi.targets.slices import combined_loss, sliced_metrics
+from paddy_multi.targets.sliced_metrics import sliced_metrics
+from paddy_multi.targets.slices import combined_loss
 
 WIDTHS = (10, 3), (10, 10), (10,)*10, (10,)*40
 ARCH = 'convnext_atto'
@@ -92,7 +93,8 @@ def validation_variants(widths, bs, size):
         loss(preds, *targs)
         learn = seen(preds, targs)
         for o in metrics: o.accumulate(learn)
-    sides = dict([('by hand', (loss_by_hand(widths), metrics_by_hand(widths))), ('ours', (our_loss(widths), our_metrics(widths)))])
+    sides = {'by hand': (loss_by_hand(widths), metrics_by_hand(widths)),
+             'ours': (our_loss(widths), our_metrics(widths))}
     model.eval()
     for _, metrics in sides.values():
         for o in metrics: o.reset()
@@ -102,20 +104,23 @@ def cases(quick):
     bs, size = (4, 32) if quick else (64, 64)
     def case(name, make, widths, *args, **kw):
         return Case(name, lambda: make(widths, bs, *args), dict(targets=len(widths), outputs=sum(widths), bs=bs), **kw)
-    parts = [case(name, make, w) for name, make in [('loss', loss_variants), ('metrics', metric_variants)] for w in WIDTHS]
-    steps = [case(name, make, WIDTHS[0], size, rounds=24)
-             for name, make in [('training step', training_variants), ('validation batch', validation_variants)]]
-    return parts + steps
+    losses = [case('loss', loss_variants, w) for w in WIDTHS]
+    metrics = [case('metrics', metric_variants, w) for w in WIDTHS]
+    return [*losses, *metrics, case('training step', training_variants, WIDTHS[0], size, rounds=24),
+            case('validation batch', validation_variants, WIDTHS[0], size, rounds=24)]
 
 def findings(result):
     "Time added by a part, measured alone, over the time of the whole step written by hand"
-    def case(name): return next(o for o in result['cases'] if o['name'] == name and o['params']['outputs'] == sum(WIDTHS[0]))['variants']
+    narrow = {o['name']: o['variants'] for o in result['cases'] if o['params']['outputs'] == sum(WIDTHS[0])}
     def share(part, step, which):
-        whole, added = case(step)[0]['seconds']['median'], case(part)[which]['added']
+        whole, added = narrow[step][0]['seconds']['median'], narrow[part][which]['added']
         return {k: digits(100*added[k]/whole, 3) for k in ('median', 'low', 'high')}
-    return [dict(name=f'{part}: time added, % of a {step}', where=f'{ARCH}, 64 px, batches of 64, CPU', **share(part, step, 2), control=share(part, step, 1))
-            for part, step in [('loss', 'training step'), ('metrics', 'validation batch')]]
+    def finding(part, step):
+        return dict(name=f'{part}: time added, % of a {step}', where=f'{ARCH}, 64 px, batches of 64, CPU',
+                    **share(part, step, 2), control=share(part, step, 1))
+    return [finding('loss', 'training step'), finding('metrics', 'validation batch')]
 
 if __name__ == '__main__':
-    main('sliced', 'Loss and metrics by slice', 'How much time do combined_loss and sliced_metrics add to functions written by hand?',
+    main('sliced', 'Loss and metrics by slice',
+         'How much time do combined_loss and sliced_metrics add to functions written by hand?',
          cases, findings=findings, clock='processor')  # one thread that never waits

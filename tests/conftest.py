@@ -24,8 +24,8 @@ def seeded():
 @pytest.fixture
 def checkout(tmp_path):
     "A copy of the working tree as git sees it, with what is new and without what is ignored: free to be spoiled"
-    listed = subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'], cwd=ROOT, check=True,
-                            capture_output=True, text=True).stdout
+    command = ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard']
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in sorted({o for o in listed.split('\0') if o}):
         if not (ROOT/name).is_file(): continue  # removed, and not yet committed
         (tmp_path/'checkout'/name).parent.mkdir(parents=True, exist_ok=True)

@@ -2,12 +2,15 @@
 import numpy as np
 import torch
 
+from collab_deep.lists.recommender import Recommender
+from collab_deep.models.dot import DotProduct, DotProductBias
 from collab_deep.models.factor import FactorModel
-from collab_deep.models.chapter import DotProduct, DotProductBias, EmbeddingNN
-from collab_deep.lists.recommend import Recommender
+from collab_deep.models.nn import EmbeddingNN
 
-MODELS = [lambda u, i: DotProduct(u, i, 3, std=1), lambda u, i: DotProductBias(u, i, 3, y_range=(0, 5.5), std=1),
-          lambda u, i: EmbeddingNN(u, i, 3, layers=[4], y_range=(0, 5.5), std=1), lambda u, i: FactorModel(u, i, 3, mean=3., std=1)]
+MODELS = [lambda u, i: DotProduct(u, i, 3, std=1),
+          lambda u, i: DotProductBias(u, i, 3, y_range=(0, 5.5), std=1),
+          lambda u, i: EmbeddingNN(u, i, 3, layers=[4], y_range=(0, 5.5), std=1),
+          lambda u, i: FactorModel(u, i, 3, mean=3., std=1)]
 
 
 def table(pairs, n_users):
@@ -22,5 +25,6 @@ def recommender(pairs, users, items, make=MODELS[1], seed=0):
     torch.manual_seed(seed)
     u, i = (torch.tensor([p[side] for p in pairs], dtype=torch.int64) for side in (0, 1))
     n_users, n_items = len(users) + 1, len(items) + 1
-    return Recommender(make(n_users, n_items), dict(user=['#na#', *users], title=['#na#', *items]), 'rating', table(pairs, n_users),
-                       i.bincount(minlength=n_items), u.bincount(minlength=n_users), 3.)
+    classes = dict(user=['#na#', *users], title=['#na#', *items])
+    counts = i.bincount(minlength=n_items), u.bincount(minlength=n_users)
+    return Recommender(make(n_users, n_items), classes, 'rating', table(pairs, n_users), *counts, 3.)

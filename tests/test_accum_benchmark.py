@@ -1,4 +1,4 @@
-"benchmark_accumulation under attack: what it measures against known values, learners that break or hang, Ctrl-C; what budgets and clean-up do"
+"benchmark_accumulation under attack: known values, learners that break or hang, Ctrl-C; what budgets and clean-up do"
 import gc
 import json
 import math
@@ -23,10 +23,12 @@ from fastai.learner import Learner
 from fastai.optimizer import SGD
 from torch import nn
 
-from paddy_multi import accum_benchmark
-from paddy_multi.accumulate.benchmark import AccumulationBenchmark, Freed, _run_case, _status, benchmark_accumulation, free_memory
+from paddy_multi.accumulate import benchmark, processes
+from paddy_multi.accumulate.benchmark import AccumulationBenchmark, benchmark_accumulation
+from paddy_multi.accumulate.case import run_case
 from paddy_multi.accumulate.memory import find_accumulation, predict_memory
 from paddy_multi.accumulate.microbatch import MicroBatch
+from paddy_multi.accumulate.processes import FreedMemory, free_memory, how_it_ended, process_bytes
 
 linux = pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='needs /proc, as Linux has it')
 WIDTH, ITEMS = 100_000, 32
@@ -54,7 +56,8 @@ class Wide(nn.Module):
 
 def make_learner():
     items = [(torch.randn(8), torch.tensor(i % 3)) for i in range(n)]
-    return Learner(DataLoaders(*[DataLoader(items, bs=n, num_workers=0)]*2), Wide(), loss_func=nn.CrossEntropyLoss(), opt_func=SGD, lr=1e-3)
+    dls = DataLoaders(*[DataLoader(items, bs=n, num_workers=0)]*2)
+    return Learner(dls, Wide(), loss_func=nn.CrossEntropyLoss(), opt_func=SGD, lr=1e-3)
 """
 
 
@@ -68,10 +71,11 @@ def small(*layers, n=12, bs=None, loss=None):
     "A learner of random numbers with `layers` between its two matrices"
     items = [(torch.randn(8), torch.tensor(i % 3)) for i in range(n)]
     dls = DataLoaders(*[DataLoader(items, bs=bs or n, num_workers=0)]*2)
-    return Learner(dls, nn.Sequential(nn.Linear(8, 16), nn.Sequential(*layers, nn.Linear(16, 3))), loss_func=loss or nn.CrossEntropyLoss(), opt_func=SGD, lr=.01)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Sequential(*layers, nn.Linear(16, 3)))
+    return Learner(dls, model, loss_func=loss or nn.CrossEntropyLoss(), opt_func=SGD, lr=.01)
 
 
-# --- what a run must leave as it was -------------------------------------------------------------------------------------
+# --- what a run must leave as it was --------------------------------------------------------------------------------
 def children():
     "Ids of the processes that this one has started and not ended"
     return {int(o) for t in Path('/proc/self/task').iterdir() for o in (t/'children').read_text().split()}
@@ -84,11 +88,13 @@ def alive(pid):
 
 def state():
     "What others could notice: environment, paths, random numbers, threads, figures"
-    return dict(env=dict(os.environ), path=list(sys.path), cwd=os.getcwd(), torch=torch.get_rng_state().tolist(), numpy=np.random.get_state()[1].tolist(),
-                python=random.getstate(), threads=torch.get_num_threads(), running=threading.active_count(), grad=torch.is_grad_enabled(),
-                figures=plt.get_fignums(), handlers=[signal.getsignal(o) for o in (signal.SIGINT, signal.SIGALRM, signal.SIGTERM)],
-                filters=list(warnings.filters), collects=gc.isenabled(), children=children(), open=len(os.listdir('/proc/self/fd')),
-                temporary=sorted(os.listdir(tempfile.gettempdir())))
+    return dict(
+        env=dict(os.environ), path=list(sys.path), cwd=os.getcwd(),
+        torch=torch.get_rng_state().tolist(), numpy=np.random.get_state()[1].tolist(), python=random.getstate(),
+        threads=torch.get_num_threads(), running=threading.active_count(), grad=torch.is_grad_enabled(),
+        figures=plt.get_fignums(), filters=list(warnings.filters), collects=gc.isenabled(),
+        handlers=[signal.getsignal(o) for o in (signal.SIGINT, signal.SIGALRM, signal.SIGTERM)],
+        children=children(), open=len(os.listdir('/proc/self/fd')), temporary=sorted(os.listdir(tempfile.gettempdir())))
 
 
 @pytest.fixture(scope='module')
@@ -103,21 +109,25 @@ def temp(tmp_path_factory):
 def real(temp):
     "One real run with a learner of a notebook, and the state before and after it"
     with pytest.MonkeyPatch.context() as m:
-        m.setenv('MALLOC_MMAP_THRESHOLD_', '1000000')  # glibc gives freed tensors back at once, so that the process is as large as its tensors
+        # glibc gives freed tensors back at once, so that the process is as large as its tensors
+        m.setenv('MALLOC_MMAP_THRESHOLD_', '1000000')
         before = state()
         bench = benchmark_accumulation(from_a_notebook(), accums=(1, 4), updates=3, warmup=1, limit=120, progress=False)
         return bench, before, state()
 
 
-# --- what is measured ------------------------------------------------------------------------------------------------------
+# --- what is measured -----------------------------------------------------------------------------------------------
 @linux
 def test_rows_of_a_learner_that_lives_in_a_notebook(real):
     bench, df = real[0], real[0].df
-    assert list(df.index) == [1, 4] and list(df.status) == ['ok', 'ok'] and list(df['items']) == [ITEMS, ITEMS//4] and list(df.updates) == [3, 3]
+    assert list(df.index) == [1, 4] and list(df.status) == ['ok', 'ok']
+    assert list(df['items']) == [ITEMS, ITEMS//4] and list(df.updates) == [3, 3]
     assert (0 < df.low).all() and (df.low <= df.speed).all() and (df.speed <= df.high).all()
     assert df.update_error[1] == 0 and 0 < df.update_error[4] < 1e-5
-    assert {k: bench.about[k] for k in ('updates', 'warmup', 'whole_head')} == dict(updates=3, warmup=1, whole_head=False)
-    assert bench.about['torch'] == torch.__version__.partition('+')[0] and bench.about['threads'] == torch.get_num_threads() and bench.about['cores'] == os.cpu_count()
+    about = bench.about
+    assert {k: about[k] for k in ('updates', 'warmup', 'whole_head')} == dict(updates=3, warmup=1, whole_head=False)
+    assert about['torch'] == torch.__version__.partition('+')[0]
+    assert about['threads'] == torch.get_num_threads() and about['cores'] == os.cpu_count()
 
 
 @linux
@@ -143,7 +153,7 @@ def test_nothing_is_left_behind(real):
 def exactness(make, accum, whole_head=False):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        return _run_case(make, accum, 1, 0, whole_head, True)['update_error']
+        return run_case(make, accum, 1, 0, whole_head, True)['update_error']
 
 
 @pytest.mark.parametrize('accum', [2, 5, 12])
@@ -163,16 +173,16 @@ def test_dropout_is_off_while_gradients_are_compared():
 
 
 def test_a_batch_that_cannot_be_split_evenly():
-    found = _run_case(lambda: small(n=11), 3, 4, 2, False, False)
+    found = run_case(lambda: small(n=11), 3, 4, 2, False, False)
     assert (found['items'], found['updates'], found['update_error']) == (4, 4, None)
 
 
 def test_more_chunks_than_items_are_one_item_each():
-    assert _run_case(lambda: small(n=5), 9, 1, 0, False, True)['items'] == 1
+    assert run_case(lambda: small(n=5), 9, 1, 0, False, True)['items'] == 1
 
 
 def test_the_whole_batch_of_a_loader_is_what_it_yields():
-    assert _run_case(lambda: small(n=40, bs=10), 2, 1, 0, False, False)['items'] == 5
+    assert run_case(lambda: small(n=40, bs=10), 2, 1, 0, False, False)['items'] == 5
 
 
 def test_where_the_whole_batch_does_not_fit_the_error_is_unknown():
@@ -180,10 +190,10 @@ def test_where_the_whole_batch_does_not_fit_the_error_is_unknown():
         def forward(self, x):
             if len(x) > 6: raise torch.OutOfMemoryError('simulated')
             return x
-    assert _run_case(lambda: small(Full()), 2, 1, 0, False, True)['update_error'] is None
+    assert run_case(lambda: small(Full()), 2, 1, 0, False, True)['update_error'] is None
 
 
-# --- learners that break ---------------------------------------------------------------------------------------------------
+# --- learners that break --------------------------------------------------------------------------------------------
 @linux
 def test_every_way_to_break_is_a_row(temp, tmp_path, capsys):
     calls, before = tmp_path/'calls', state()
@@ -196,10 +206,13 @@ def test_every_way_to_break_is_a_row(temp, tmp_path, capsys):
         if call == 2: os.kill(os.getpid(), signal.SIGSEGV)
         raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB')
     bench = benchmark_accumulation(make_learner, accums=(1, 2, 4), limit=120)
-    assert list(bench.df.status) == ['failed: the process ended with exit status 3', 'failed: the process was ended by SIGSEGV', 'out of memory']
+    statuses = ['failed: the process ended with exit status 3', 'failed: the process was ended by SIGSEGV',
+                'out of memory']
+    assert list(bench.df.status) == statuses
     assert bench.df.predicted.isna().all()
-    assert capsys.readouterr().out.splitlines() == ["no prediction: failed: KeyError: 'no such column'", '[1/3] accum 1: failed: the process ended with exit status 3',
-                                                    '[2/3] accum 2: failed: the process was ended by SIGSEGV', '[3/3] accum 4: out of memory']
+    assert capsys.readouterr().out.splitlines() == [
+        "no prediction: failed: KeyError: 'no such column'",
+        *(f'[{i}/3] accum {accum}: {status}' for i, accum, status in zip((1, 2, 3), (1, 2, 4), statuses))]
     assert AccumulationBenchmark.from_json(bench.to_json()) == bench
     plt.close(bench.plot())
     assert state() == before
@@ -216,22 +229,24 @@ def test_a_case_ends_at_its_own_limit_and_is_no_failure(temp):
 def answers(monkeypatch, *found):
     "Processes that give these answers, a prediction first"
     given = iter(found)
-    monkeypatch.setattr(accum_benchmark, '_in_process', lambda *args, **kwargs: next(given))
+    monkeypatch.setattr(benchmark, 'in_process', lambda *args, **kwargs: next(given))
 
 
 def test_where_every_case_fails_the_first_reason_is_told(monkeypatch):
     answers(monkeypatch, *[(None, 'failed: ZeroDivisionError: division by zero')]*3)
-    with pytest.raises(RuntimeError, match=r'no case could be measured\. accum=1 failed: ZeroDivisionError: division by zero'):
+    said = r'no case could be measured\. accum=1 failed: ZeroDivisionError: division by zero'
+    with pytest.raises(RuntimeError, match=said):
         benchmark_accumulation(small, accums=(1, 2), progress=False)
 
 
 def test_a_killed_process_is_a_row_that_says_why(monkeypatch):
-    assert accum_benchmark._ending(-signal.SIGKILL) == 'killed, probably out of memory'
-    answers(monkeypatch, (None, 'over 1 s'), (None, accum_benchmark._ending(-signal.SIGKILL)))
-    assert list(benchmark_accumulation(small, accums=(1,), progress=False).df.status) == ['killed, probably out of memory']
+    assert how_it_ended(-signal.SIGKILL) == 'killed, probably out of memory'
+    answers(monkeypatch, (None, 'over 1 s'), (None, how_it_ended(-signal.SIGKILL)))
+    bench = benchmark_accumulation(small, accums=(1,), progress=False)
+    assert list(bench.df.status) == ['killed, probably out of memory']
 
 
-# --- Ctrl-C ----------------------------------------------------------------------------------------------------------------
+# --- Ctrl-C ---------------------------------------------------------------------------------------------------------
 def interrupted(folder, started):
     "In a process of its own: a run whose learner hangs, with a process of its own beside it; exits with 7 on Ctrl-C"
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -256,7 +271,8 @@ def test_ctrl_c_leaves_no_process_no_file_and_no_changed_state(tmp_path):
     process.start()
     try:
         end = time.monotonic() + 90
-        while not (started.exists() and started.read_text().endswith('.')) and time.monotonic() < end: time.sleep(.05)
+        def hangs(): return started.exists() and started.read_text().endswith('.')
+        while not hangs() and time.monotonic() < end: time.sleep(.05)
         case, other, _ = started.read_text().split()
         assert alive(case) and alive(other) and list(folder.iterdir())
         os.kill(process.pid, signal.SIGINT)
@@ -267,7 +283,7 @@ def test_ctrl_c_leaves_no_process_no_file_and_no_changed_state(tmp_path):
     assert not alive(case) and not alive(other) and list(folder.iterdir()) == []
 
 
-# --- the result ---------------------------------------------------------------------------------------------------------------
+# --- the result -----------------------------------------------------------------------------------------------------
 def test_json_there_and_back(real, tmp_path):
     bench, path = real[0], tmp_path/'bench.json'
     bench.to_json(path)
@@ -277,20 +293,24 @@ def test_json_there_and_back(real, tmp_path):
     assert json.loads(path.read_text(encoding='utf-8'))['rows'][0]['accum'] == 1
 
 
-def heights(ax, label):
-    return [o.get_height() for c in ax.containers if c.get_label() == label for o in c]
+def bars(ax, label): return [o for c in ax.containers if c.get_label() == label for o in c]
+def heights(found): return [o.get_height() for o in found]
 
 
 def test_the_picture_has_predicted_beside_measured():
+    def row(accum, memory, predicted, speed):
+        return dict(accum=accum, status='ok', memory=memory, predicted=predicted,
+                    speed=speed, low=speed-2, high=speed+5)
     gap = dict(accum=4, status='out of memory', predicted=3e9)
-    rows = [dict(accum=a, status='ok', memory=m, predicted=p, speed=s, low=s-2, high=s+5) for a, m, p, s in [(1, 9e9, 8e9, 20.), (2, 5e9, 4e9, 18.)]]
-    fig = AccumulationBenchmark([*rows, gap], {}).plot()
+    fig = AccumulationBenchmark([row(1, 9e9, 8e9, 20.), row(2, 5e9, 4e9, 18.), gap], {}).plot()
     mem, speed = fig.axes
-    measured, predicted = ([o for c in mem.containers if c.get_label() == name for o in c] for name in ('measured', 'predicted'))
-    assert heights(mem, 'predicted') == [8, 4, 3] and heights(mem, 'measured')[:2] == [9, 5] and math.isnan(heights(mem, 'measured')[2])
+    measured, predicted = bars(mem, 'measured'), bars(mem, 'predicted')
+    assert heights(predicted) == [8, 4, 3] and heights(measured)[:2] == [9, 5] and math.isnan(heights(measured)[2])
     assert all(math.isclose(a.get_x()+a.get_width(), b.get_x(), abs_tol=1e-9) for a, b in zip(measured, predicted))
-    assert list(speed.lines[0].get_ydata()[:2]) == [20, 18] and [o.get_text() for o in mem.get_xticklabels()] == ['1', '2', '4']
-    assert [[round(float(y)) for y in o[:,1]] for o in speed.collections[0].get_segments()[:2]] == [[18, 25], [16, 23]]
+    assert list(speed.lines[0].get_ydata()[:2]) == [20, 18]
+    assert [o.get_text() for o in mem.get_xticklabels()] == ['1', '2', '4']
+    quartiles = [[round(float(y)) for y in o[:,1]] for o in speed.collections[0].get_segments()[:2]]
+    assert quartiles == [[18, 25], [16, 23]]
     for ax in fig.axes: assert [o.get_text().strip() for o in ax.texts] == ['out of memory']
     plt.close(fig)
 
@@ -301,9 +321,10 @@ def test_a_result_without_any_measurement_is_still_drawn():
     plt.close(fig)
 
 
-# --- settings -------------------------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('kwargs, error, text', [
-    (dict(make_learner='resnet18'), TypeError, 'make_learner is a function that gives a Learner, found str: a fresh process cannot use one that is made'),
+    (dict(make_learner='resnet18'), TypeError,
+     'make_learner is a function that gives a Learner, found str: a fresh process cannot use one that is made'),
     (dict(make_learner=None), TypeError, 'make_learner is a function that gives a Learner, found NoneType'),
     (dict(accums=4), TypeError, 'accums is a list of numbers of chunks, found 4'),
     (dict(accums='12'), TypeError, "accums is a list of numbers of chunks, found '12'"),
@@ -319,7 +340,7 @@ def test_settings_are_checked_before_any_process_starts(kwargs, error, text, mon
     with pytest.raises(error, match=text): benchmark_accumulation(**{'make_learner': small, **kwargs})
 
 
-# --- budgets ------------------------------------------------------------------------------------------------------------------------
+# --- budgets --------------------------------------------------------------------------------------------------------
 def test_the_budget_is_kept_to_the_byte_with_the_reserve():
     learn = from_a_notebook()()
     need = int(predict_memory(learn, [4]).total[4])
@@ -337,12 +358,15 @@ def test_what_was_found_is_what_microbatch_runs():
     assert found.accum == 3 and sizes[:3] == [11, 11, 10]
 
 
-@pytest.mark.parametrize('kwargs, text', [(dict(budget='a lot'), "found 'a lot'"), (dict(budget='16GB', reserve='little'), "found 'little'"), (dict(budget='16GB', device='tpu'), "found 'tpu'")])
+@pytest.mark.parametrize('kwargs, text', [
+    (dict(budget='a lot'), "found 'a lot'"),
+    (dict(budget='16GB', reserve='little'), "found 'little'"),
+    (dict(budget='16GB', device='tpu'), "found 'tpu'")])
 def test_a_budget_that_cannot_be_read(kwargs, text):
     with pytest.raises(ValueError, match=text): find_accumulation(small(), **kwargs)
 
 
-# --- clean-up -----------------------------------------------------------------------------------------------------------------------
+# --- clean-up -------------------------------------------------------------------------------------------------------
 @linux
 def test_the_last_error_no_longer_holds_its_tensors():
     def fails():
@@ -351,9 +375,9 @@ def test_the_last_error_no_longer_holds_its_tensors():
     try: fails()
     except ValueError as e: sys.last_exc = sys.last_value = e.with_traceback(e.__traceback__)
     sys.last_type, sys.last_traceback = ValueError, sys.last_value.__traceback__
-    held = _status('VmRSS')
+    held = process_bytes('VmRSS')
     freed = free_memory()
-    assert 90e6 < freed.host < 130e6 and held - _status('VmRSS') > 90e6
+    assert 90e6 < freed.host < 130e6 and held - process_bytes('VmRSS') > 90e6
     assert not any(hasattr(sys, o) for o in ('last_exc', 'last_value', 'last_type', 'last_traceback'))
 
 
@@ -369,6 +393,6 @@ def test_what_is_in_use_stays_and_the_collector_is_as_it_was():
 
 
 def test_a_system_that_tells_nothing(monkeypatch):
-    monkeypatch.setattr(accum_benchmark, '_status', lambda key: None)
+    monkeypatch.setattr(processes, 'process_bytes', lambda key: None)
     assert free_memory().host == 0
-    assert repr(Freed(3, 2_000_000, 0)) == 'freed 3 objects, 2 MB of main memory, 0 MB of GPU memory'
+    assert repr(FreedMemory(3, 2_000_000, 0)) == 'freed 3 objects, 2 MB of main memory, 0 MB of GPU memory'

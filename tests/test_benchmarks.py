@@ -59,14 +59,16 @@ def busy(seconds):
     while time.process_time() < until: pass
 
 def test_real_clocks():
-    naps = by_name(compare(Case('sleep', lambda: {'short': lambda: time.sleep(.002), 'long': lambda: time.sleep(.006)}), rounds=6, block=0))
+    sleep = Case('sleep', lambda: {'short': lambda: time.sleep(.002), 'long': lambda: time.sleep(.006)})
+    naps = by_name(compare(sleep, rounds=6, block=0))
     assert 1.3 < naps['long']['ratio']['median'] < 5
     mixed = Case('busy', lambda: {'busy': lambda: busy(.004), 'naps too': lambda: (busy(.004), time.sleep(.02))})
     res = by_name(compare(mixed, rounds=6, block=0, clock=harness.CLOCKS['processor']))
     assert .8 < res['naps too']['ratio']['median'] < 1.5                    # a nap takes no processor time
 
 def test_an_unknown_clock_is_refused():
-    with pytest.raises(ValueError, match=re.escape("expected a clock of ['wall', 'processor'], found 'sun'")): harness.measure('x', 'T', 'Q', [], clock='sun')
+    with pytest.raises(ValueError, match=re.escape("expected a clock of ['wall', 'processor'], found 'sun'")):
+        harness.measure('x', 'T', 'Q', [], clock='sun')
 
 def test_baseline_control_and_one_variant_meet_in_every_order():
     assert set(map(tuple, harness.orders([0, 1, 2], 6))) == set(itertools.permutations(range(3)))
@@ -81,13 +83,14 @@ def test_every_variant_has_every_place_equally_often(n):
 def test_calls_alternate():
     clock = Clock()
     compare(Case('two', two(clock)), clock=clock, block=0, warmup=1, rounds=6)
-    warm = 3 + 3                                                            # one call each, then one each to size the block
+    warm = 3 + 3                                              # one call each, then one each to size the block
     expected = [o[0] for order in harness.orders(['a', 'a (A/A)', 'b'], 6) for o in order]
     assert clock.calls[warm:] == expected and expected[:6] == ['a', 'a', 'b', 'b', 'a', 'a']
 
 def test_blocks_last_long_enough_and_the_control_has_the_baselines():
     res = by_name(compare(Case('two', two(clock := Clock(), .0005, .003)), clock=clock, block=.02))
-    assert {k: o['calls'] for k, o in res.items()} == {'a': 64, 'a (A/A)': 64, 'b': 8}   # powers of 2: 40 and 7 calls fill 20 ms
+    calls = {k: o['calls'] for k, o in res.items()}
+    assert calls == {'a': 64, 'a (A/A)': 64, 'b': 8}          # powers of 2: 40 and 7 calls fill 20 ms
 
 def test_preparing_and_measuring_are_not_timed():
     clock, made = Clock(), itertools.count()
@@ -100,15 +103,18 @@ def test_preparing_and_measuring_are_not_timed():
     def work(state):
         clock.spend(.5)
         return state
-    res = compare(Case('c', lambda: {'a': Variant(work, fresh, quality), 'b': Variant(work, fresh, lambda o: dict(got=7))}), clock=clock, rounds=6, warmup=0)
+    def make(): return {'a': Variant(work, fresh, quality), 'b': Variant(work, fresh, lambda o: dict(got=7))}
+    res = compare(Case('c', make), clock=clock, rounds=6, warmup=0)
     a, control, b = res['variants']
     assert a['seconds']['max'] == b['seconds']['max'] == .5 and a['calls'] == 1
     assert b['extra'] == {'got': dict.fromkeys(['median', 'low', 'high', 'q1', 'q3', 'min', 'max'], 7.)}
-    assert next(made) == 18 and a['extra']['got']['min'] == 0 and control['extra']['got']['min'] == 1   # 18 blocks, each its own
+    assert next(made) == 18                                   # blocks, each its own
+    assert a['extra']['got']['min'] == 0 and control['extra']['got']['min'] == 1
 
 def test_spread_by_hand():
     assert harness.spread([3, 1, 2, 5, 4, 6]) == dict(median=3.5, low=1, high=6, q1=2.25, q3=4.75, min=1, max=6)
-    nine = harness.spread(list(range(1, 10)))      # P(2nd < median < 9th value) = 1 - (1+9+1)/2^9 = .979, P(2nd, 8th) = 1 - 20/2^9 = .961
+    # P(2nd < median < 9th value) = 1 - (1+9+1)/2^9 = .979, P(2nd, 8th) = 1 - 20/2^9 = .961
+    nine = harness.spread(list(range(1, 10)))
     assert (nine['low'], nine['high']) == (2, 8)
     assert harness.spread([1, 2, 3, 4, 5])['low'] is None     # all five on one side: 2/2^5 is more than 5%
 
@@ -140,7 +146,8 @@ def test_a_failing_variant_is_told_and_the_others_go_on(capsys):
 
 def test_a_variant_that_fails_late_keeps_what_it_measured():
     clock, left = Clock(), iter([.003]*5)
-    res = compare(Case('c', lambda: {'a': lambda: clock.spend(.002), 'b': lambda: clock.spend(next(left))}), clock=clock, block=0, warmup=1, rounds=6)
+    case = Case('c', lambda: {'a': lambda: clock.spend(.002), 'b': lambda: clock.spend(next(left))})
+    res = compare(case, clock=clock, block=0, warmup=1, rounds=6)
     b = res['variants'][2]
     assert b['error'].startswith('StopIteration') and b['rounds'] == [.003]*3 and b['ratio']['median'] == 1.5
     assert len(res['variants'][0]['rounds']) == 6
@@ -152,7 +159,8 @@ def test_a_failing_baseline_leaves_times_without_ratios():
 
 def test_a_case_that_cannot_be_made():
     res = compare(Case('c', boom))
-    assert res['error'] == 'ValueError: out of order' and harness.failures(dict(cases=[res])) == ['c: ValueError: out of order']
+    assert res['error'] == 'ValueError: out of order'
+    assert harness.failures(dict(cases=[res])) == ['c: ValueError: out of order']
     taken = compare(Case('c', lambda: {'a': boom, 'a (A/A)': boom}))
     assert 'the name of the control is taken by a variant' in taken['error']
 
@@ -164,20 +172,26 @@ def test_a_script_with_a_failure_saves_the_rest_and_exits_with_1(tmp_path):
     assert len(good['variants']) == 3 and bad['error']
 
 def test_quick_results_never_land_among_the_real_ones():
-    before = {p: p.read_bytes() for p in harness.RESULTS.rglob('*.json')}
+    def kept(): return {p: p.read_bytes() for p in harness.RESULTS.rglob('*.json')}
+    before = kept()
+    message = ('a quick result proves nothing: expected a folder other than benchmarks/(results|tables), '
+               'choose another --out')
     for folder in (harness.RESULTS/'..'/'results', harness.TABLES):
-        with pytest.raises(ValueError, match='a quick result proves nothing: expected a folder other than benchmarks/(results|tables), choose another --out'):
+        with pytest.raises(ValueError, match=message):
             harness.main('sliced', 'T', 'Q', lambda quick: [], ['--quick', '--out', str(folder)])
-    assert before == {p: p.read_bytes() for p in harness.RESULTS.rglob('*.json')} and harness.QUICK not in (harness.RESULTS, harness.TABLES)
+    assert before == kept()
+    assert harness.QUICK not in (harness.RESULTS, harness.TABLES)
 
 # --- keeping and showing it -----------------------------------------------------------------------------------------
 @pytest.fixture
 def result():
     clock = Clock()
     wobbly = itertools.cycle([.002, .0022, .0018, .0021])
-    cases = [Case('two', two(clock), dict(n=1)), Case('even', lambda: {'a': lambda: clock.spend(next(wobbly)), 'b': lambda: clock.spend(.002)}, dict(n=2))]
+    def even(): return {'a': lambda: clock.spend(next(wobbly)), 'b': lambda: clock.spend(.002)}
+    cases = [Case('two', two(clock), dict(n=1)), Case('even', even, dict(n=2))]
     about = harness.about('made_up', seed=3, threads=1, clock='wall', quick=False)
-    return dict(name='made_up', title='Made up', question='?', about=about, findings=[], cases=[compare(o, clock=clock, block=0) for o in cases])
+    return dict(name='made_up', title='Made up', question='?', about=about, findings=[],
+                cases=[compare(o, clock=clock, block=0) for o in cases])
 
 def test_json_round_trip(result, tmp_path):
     path = harness.save(result, tmp_path)
@@ -204,7 +218,8 @@ def test_too_few_rounds_claim_nothing():
     case = compare(Case('two', two(clock := Clock())), clock=clock, rounds=5)
     assert 'b 1.500 |' in harness.line(case)+' |'
     df = report.ratios(dict(cases=[case]))
-    assert df.differs.tolist() == ['too few rounds'] and df.ratio.tolist() == ['1.500 [1.500, 1.500]']   # then: the range
+    assert df.differs.tolist() == ['too few rounds']
+    assert df.ratio.tolist() == ['1.500 [1.500, 1.500]']      # then: the range
 
 def test_extra_measures_stand_side_by_side():
     def of(x): return Variant(lambda: x, measure=lambda o: dict(loss=o))
@@ -223,21 +238,27 @@ def test_a_failed_result_is_not_shown(result):
     result['cases'][0]['variants'][2]['error'] = 'ValueError: no'
     with pytest.raises(ValueError, match="two failed: .*ValueError: no"): report.ratios(result)
 
-@pytest.mark.parametrize('seconds,text', [(2.5, '2.5 s'), (.0123, '12.3 ms'), (-4e-5, '-40 µs'), (3e-8, '30 ns'), (0, '0 ns')])
+@pytest.mark.parametrize('seconds,text', [
+    (2.5, '2.5 s'), (.0123, '12.3 ms'), (-4e-5, '-40 µs'), (3e-8, '30 ns'), (0, '0 ns')])
 def test_times_as_text(seconds, text): assert report.time_text(seconds) == text
 
 # --- what is committed ----------------------------------------------------------------------------------------------
-def test_every_script_has_its_result(): assert {o['name'] for o in (*report.results(), *report.tables())} == set(run.scripts())
+def test_every_script_has_its_result():
+    assert {o['name'] for o in (*report.results(), *report.tables())} == set(run.scripts())
 
-def all_of(*folders): return pytest.mark.parametrize('path', sorted(p for o in folders for p in o.glob('*.json')), ids=lambda p: p.stem)
+def all_of(*folders):
+    paths = sorted(p for o in folders for p in o.glob('*.json'))
+    return pytest.mark.parametrize('path', paths, ids=lambda p: p.stem)
 
 @all_of(harness.RESULTS, harness.TABLES)
 class TestCommitted:
     def test_says_where_and_how(self, path):
         a = json.loads(path.read_text())['about']
         assert not a['quick'] and all(a['machine'][k] for k in ('cpu', 'cores', 'memory_gib', 'arch', 'system'))
-        assert all(a['versions'][k] for k in ('python', *harness.PACKAGES)) and a['seeds'] and a['threads'] > 0 and a['clock'] in harness.CLOCKS
-        assert a['command'] == f'python benchmarks/run.py {path.stem}' and re.fullmatch(r'\d{4}-\d\d-\d\d \d\d:\d\d UTC', a['date'])
+        assert all(a['versions'][k] for k in ('python', *harness.PACKAGES))
+        assert a['seeds'] and a['threads'] > 0 and a['clock'] in harness.CLOCKS
+        assert a['command'] == f'python benchmarks/run.py {path.stem}'
+        assert re.fullmatch(r'\d{4}-\d\d-\d\d \d\d:\d\d UTC', a['date'])
 
     def test_names_no_machine(self, path):
         text = path.read_text()
@@ -259,7 +280,8 @@ class TestTurns:
             base = case['variants'][0]['rounds']
             for o in case['variants']:
                 assert o['seconds']['median'] == pytest.approx(np.median(o['rounds']), rel=1e-4)
-                if o['ratio']: assert o['ratio'] == harness.spread([a/b for a, b in zip(o['rounds'], base, strict=True)])
+                if not o['ratio']: continue
+                assert o['ratio'] == harness.spread([a/b for a, b in zip(o['rounds'], base, strict=True)])
 
 @all_of(harness.TABLES)
 def test_what_is_said_of_a_target_follows_from_the_runs(path):
@@ -272,14 +294,20 @@ def test_what_is_said_of_a_target_follows_from_the_runs(path):
 
 def test_about_names_no_machine():
     text = harness.dumps(harness.about('x', 1, 1, 'wall', False))
-    assert platform.node() not in text and str(Path.home()) not in text and '/' not in text.replace('benchmarks/run.py', '')
+    assert platform.node() not in text and str(Path.home()) not in text
+    assert '/' not in text.replace('benchmarks/run.py', '')
 
 # --- running it -----------------------------------------------------------------------------------------------------
-IN_TURNS, TABLE = 'sliced', 'collab_growth'  # one of either kind; the others take the same way, each a process of seconds
+IN_TURNS, TABLE = 'sliced', 'collab_growth'  # one of either kind
 
-@pytest.mark.parametrize('name', [pytest.param(o, marks=[] if o in (IN_TURNS, TABLE) else pytest.mark.slow) for o in run.scripts()])
+def quick_or_slow(name):
+    "The others take the same way, each a process of seconds"
+    return pytest.param(name, marks=[] if name in (IN_TURNS, TABLE) else pytest.mark.slow)
+
+@pytest.mark.parametrize('name', [quick_or_slow(o) for o in run.scripts()])
 def test_quick_mode(name, tmp_path):
-    done = subprocess.run([sys.executable, ROOT/'benchmarks'/'run.py', name, '--quick', '--out', tmp_path], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, ROOT/'benchmarks'/'run.py', name, '--quick', '--out', tmp_path]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     res, = report.results(tmp_path)
     assert res['about']['quick'] and f'[1/1] {name}' in done.stdout

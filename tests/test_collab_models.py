@@ -10,14 +10,18 @@ from fastai.collab import EmbeddingNN as FastaiNN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collab_deep.models.ensemble import Ensemble
-from collab_deep.models.factor import FactorModel, encode_features, factor_model
-from collab_deep.lists.fold_in import fold_in, fold_row
 from collab_deep.data.loaders import RatingsDataLoaders
-from collab_deep.models.chapter import DotProduct, DotProductBias, EmbeddingNN
+from collab_deep.lists.fold_in import fold_in, fold_row
+from collab_deep.models.base import CollabModel
+from collab_deep.models.dot import DotProduct, DotProductBias
+from collab_deep.models.ensemble import Ensemble
+from collab_deep.models.factor import FactorModel, factor_model
+from collab_deep.models.features import encode_features
+from collab_deep.models.nn import EmbeddingNN
 
 STARS = (0, 5.5)
 ratings = pd.DataFrame(dict(user=[1, 1, 2, 3, 3, 4], item=list('abacdb'), rating=[4., 3, 5, 1, 2, 3]))
+films = pd.DataFrame(dict(genre=['x|y', 'x', None, 'z'], year=[1, 2, 3, 9]), index=list('abcd'))
 
 
 def all_pairs(model): return torch.cartesian_prod(torch.arange(model.n_users), torch.arange(model.n_items))
@@ -30,13 +34,19 @@ def randomised(model, seed=0):
 
 def a_factor_model(y_range=STARS, **kwargs):
     dls = RatingsDataLoaders.from_df(ratings, valid_pct=0, device='cpu')
-    return factor_model(dls, 3, y_range, item_features=pd.DataFrame(dict(genre=['x|y', 'x', None, 'z'], year=[1, 2, 3, 9]), index=list('abcd')), **kwargs)
+    return factor_model(dls, 3, y_range, item_features=films, **kwargs)
 
 def a_pair(): return Ensemble.of([randomised(DotProductBias(5, 5, 3, STARS)), randomised(a_factor_model())])
 
-MODELS = {'dot': lambda: DotProduct(5, 7, 3), 'dot, range': lambda: DotProduct(5, 7, 3, STARS), 'bias': lambda: DotProductBias(5, 7, 3, STARS),
-          'net': lambda: EmbeddingNN(5, 7, (2, 4), [6, 3], STARS), 'net, plain': lambda: EmbeddingNN(5, 7, 2, [], use_bn=False),
-          'factor': a_factor_model, 'factor, bare': lambda: FactorModel(5, 7, 3), 'factor, no lists': lambda: a_factor_model(None, implicit=False), 'ensemble': a_pair}
+MODELS = {'dot': lambda: DotProduct(5, 7, 3),
+          'dot, range': lambda: DotProduct(5, 7, 3, STARS),
+          'bias': lambda: DotProductBias(5, 7, 3, STARS),
+          'net': lambda: EmbeddingNN(5, 7, (2, 4), [6, 3], STARS),
+          'net, plain': lambda: EmbeddingNN(5, 7, 2, [], use_bn=False),
+          'factor': a_factor_model,
+          'factor, bare': lambda: FactorModel(5, 7, 3),
+          'factor, no lists': lambda: a_factor_model(None, implicit=False),
+          'ensemble': a_pair}
 
 
 @pytest.fixture(params=MODELS.values(), ids=MODELS.keys())
@@ -51,7 +61,8 @@ def test_scores_are_forward_of_all_pairs(model):
     torch.testing.assert_close(model.scores(some), expected[some], rtol=1e-4, atol=1e-5)
 
 
-def test_one_number_a_pair(model): assert model(torch.tensor([[1, 2]])).shape == (1,)   # fastai's dot model gives shape [] here
+def test_one_number_a_pair(model):
+    assert model(torch.tensor([[1, 2]])).shape == (1,)  # fastai's dot model gives shape [] here
 
 
 def test_settings_are_json_and_build_it_again(model):
@@ -87,22 +98,89 @@ def test_an_unknown_user_is_the_average(model):
     for k, v in model.state_dict().items(): torch.testing.assert_close(v, before[k], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('x,found', [(torch.tensor([1, 2]), r'\[2\]'), (torch.zeros(3, 3, dtype=torch.long), r'\[3, 3\]'), ([[1, 2]], 'list')])
+@pytest.mark.parametrize('x,found', [(torch.tensor([1, 2]), r'\[2\]'),
+                                     (torch.zeros(3, 3, dtype=torch.long), r'\[3, 3\]'),
+                                     ([[1, 2]], 'list')])
 def test_what_is_no_batch_of_pairs_is_refused(x, found):
     with pytest.raises(ValueError, match=rf'as a tensor \[bs, 2\]; found {found}'): DotProductBias(5, 7, 3)(x)
 
 
 def test_ids_outside_the_tables_are_refused():
-    with pytest.raises(IndexError, match='id 7 is not in a table of 7 rows'): DotProductBias(5, 7, 3)(torch.tensor([[1, 7]]))
+    with pytest.raises(IndexError, match='id 7 is not in a table of 7 rows'):
+        DotProductBias(5, 7, 3)(torch.tensor([[1, 7]]))
+
+
+# --- scoring ----------------------------------------------------------------------------------------------------------
+def test_scoring_changes_no_score_and_leaves_no_trace(model):
+    users = torch.arange(model.n_users)
+    expected = model.scores(users)
+    model.train()
+    with model.scoring(): pass
+    attributes = [set(vars(m)) for m in model.modules()]
+    with model.scoring() as same:
+        assert same is model and not model.training and not model.scores(users).requires_grad
+        for _ in range(2): assert torch.equal(model.scores(users), expected)
+        torch.testing.assert_close(model(all_pairs(model)).view(model.n_users, -1), expected, rtol=1e-4, atol=1e-5)
+    assert model.training and torch.is_grad_enabled()
+    assert [set(vars(m)) for m in model.modules()] == attributes
+    assert all(m.kept_tables is None for m in model.modules() if isinstance(m, CollabModel))
+    randomised(model, seed=1)
+    assert not torch.equal(model.scores(users), expected)
+
+
+def test_scoring_ends_with_an_error_too(model):
+    last = list(model.modules())[-1].train()                # modes may differ within a model
+    with pytest.raises(ZeroDivisionError), model.scoring(): 1/0
+    assert last.training and torch.is_grad_enabled()
+    assert [m for m in model.modules() if m.training] == [last]
+    assert all(m.kept_tables is None for m in model.modules() if isinstance(m, CollabModel))
+
+
+@pytest.mark.parametrize('make', [a_factor_model, a_pair])
+def test_tables_are_worked_out_once_a_block(make, monkeypatch):
+    model, calls = randomised(make()), []
+    worked_out = FactorModel.work_out_table
+    monkeypatch.setattr(FactorModel, 'work_out_table', lambda self, side: calls.append(side) or worked_out(self, side))
+    with model.scoring(), model.scoring():
+        for _ in range(3): model.scores(torch.arange(5)), model(all_pairs(model))
+    assert sorted(calls) == ['item', 'user']
+    with torch.enable_grad():                               # which blocks that are not nested do not restore
+        first, second = model.scoring(), model.scoring()    # two lists read in turn, the first one ending first
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        second.__exit__(None, None, None)
+    assert all(m.kept_tables is None for m in model.modules() if isinstance(m, CollabModel))
+
+
+# --- the registry -----------------------------------------------------------------------------------------------------
+def test_models_register_themselves():
+    ours = {o.__name__: o for o in (DotProduct, DotProductBias, EmbeddingNN, FactorModel, Ensemble)}
+    assert ours.items() <= CollabModel.registry.items()
+    first = type('Twice', (DotProduct,), {})
+    assert CollabModel.registry['Twice'] is first
+    second = type('Twice', (DotProductBias,), {})
+    assert CollabModel.registry.pop('Twice') is second and Ensemble.of([DotProduct(5, 7, 3)]).members[0].n_items == 7
+
+
+def test_a_class_of_ones_own_joins_an_ensemble():
+    class Mine(DotProduct): pass
+    mine = randomised(Mine(5, 7, 3))
+    both = Ensemble.of([mine, randomised(DotProduct(5, 7, 3), seed=1)])
+    assert type(both.members[0]) is Mine and torch.equal(both.members[0].items.weight, mine.items.weight)
+    del CollabModel.registry['Mine']
+    with pytest.raises(ValueError, match=r"members are of \['DotProduct', .*\], found \['Mine'\]"): Ensemble.of([mine])
 
 
 # --- against fastai -------------------------------------------------------------------------------------------------
 @settings(deadline=None, max_examples=25)
-@given(st.integers(2, 9), st.integers(2, 9), st.integers(1, 6), st.sampled_from([None, STARS, (1, 5)]), st.integers(0, 999))
+@given(st.integers(2, 9), st.integers(2, 9), st.integers(1, 6), st.sampled_from([None, STARS, (1, 5)]),
+       st.integers(0, 999))
 def test_dot_model_is_fastais(n_users, n_items, k, y_range, seed):
-    ours, theirs = randomised(DotProductBias(n_users, n_items, k, y_range), seed), EmbeddingDotBias(k, n_users, n_items, y_range)
-    for mine, name in zip((ours.users, ours.items, ours.users_bias, ours.items_bias), ('u_weight', 'i_weight', 'u_bias', 'i_bias')):
-        getattr(theirs, name).weight.data.copy_(mine.weight)
+    ours = randomised(DotProductBias(n_users, n_items, k, y_range), seed)
+    theirs = EmbeddingDotBias(k, n_users, n_items, y_range)
+    tables = dict(u_weight=ours.users, i_weight=ours.items, u_bias=ours.users_bias, i_bias=ours.items_bias)
+    for name, mine in tables.items(): getattr(theirs, name).weight.data.copy_(mine.weight)
     x = all_pairs(ours)
     torch.testing.assert_close(ours(x), theirs(x))
 
@@ -128,13 +206,16 @@ def test_lists_are_the_training_rows():
 def test_gradient_of_lists_and_features_is_right():
     model = randomised(a_factor_model()).double()
     params = dict(model.named_parameters())
-    def f(*values): return torch.func.functional_call(model, dict(zip(params, values)), (torch.tensor([[1, 1], [3, 4], [4, 2], [0, 3]]),))
+    pairs = torch.tensor([[1, 1], [3, 4], [4, 2], [0, 3]])
+    def f(*values): return torch.func.functional_call(model, dict(zip(params, values)), (pairs,))
     assert torch.autograd.gradcheck(f, [p.detach().requires_grad_() for p in params.values()])
 
 
 def test_starts_at_the_mean():
     dls = RatingsDataLoaders.from_df(ratings, valid_pct=0, device='cpu')
-    for y_range in (None, STARS): assert factor_model(dls, 4, y_range)(torch.tensor([[1, 1]])).item() == pytest.approx(dls.mean, abs=.1)
+    for y_range in (None, STARS):
+        first = factor_model(dls, 4, y_range)(torch.tensor([[1, 1]])).item()
+        assert first == pytest.approx(dls.mean, abs=.1)
 
 
 def test_features_of_a_film_without_any_are_the_mean():
@@ -145,20 +226,24 @@ def test_features_of_a_film_without_any_are_the_mean():
 # --- folding in -----------------------------------------------------------------------------------------------------
 class Holder:
     "What `fold_in` asks of a learner"
-    def __init__(self, model): self.model, self.dls = model, RatingsDataLoaders.from_df(ratings, valid_pct=0, device='cpu')
+    def __init__(self, model):
+        self.model, self.dls = model, RatingsDataLoaders.from_df(ratings, valid_pct=0, device='cpu')
 
 
 def test_more_trust_fits_the_ratings_better():
     model = randomised(a_factor_model())
     items, stars = torch.tensor([1, 3]), torch.tensor([5., 1])
-    def error(decay): return ((model.scores_of(fold_row(model, items, stars, decay=decay)[None])[0, items] - stars)**2).sum().item()
+    def error(decay):
+        row = fold_row(model, items, stars, decay=decay)
+        return ((model.scores_of(row[None])[0, items] - stars)**2).sum().item()
     assert error(.01) < error(1.) < error(100.)
 
 
 def test_folding_in_leaves_the_model_alone(model):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     fold_row(model, torch.tensor([1, 2]), torch.tensor([5., 1]))
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_fold_in_by_name():

@@ -29,7 +29,8 @@ def assert_complete(path):
 
 
 # --- the angle ------------------------------------------------------------------------------------------------------
-images = arrays(float, st.tuples(st.integers(2, 9), st.integers(1, 9)), elements=st.integers(0, 16)).filter(lambda o: (o.sum(1) > 0).sum() > 1)
+shapes = st.tuples(st.integers(2, 9), st.integers(1, 9))
+images = arrays(float, shapes, elements=st.integers(0, 16)).filter(lambda o: (o.sum(1) > 0).sum() > 1)
 
 @settings(deadline=None)
 @given(images, st.floats(.01, 100), st.tuples(*[st.integers(0, 4)]*4))
@@ -51,7 +52,8 @@ def test_moving_each_row_by_k_more_than_the_one_below_adds_k_to_the_slope(img, k
 
 @pytest.mark.parametrize('kind', [np.uint8, np.int64, np.float32])
 def test_the_kind_of_number_does_not_matter(kind):
-    for img in SCANS[:20]: assert lean_of(img.astype(kind)) == pytest.approx(lean_of(img), abs=1e-4)   # float32 has 7 digits
+    for img in SCANS[:20]:
+        assert lean_of(img.astype(kind)) == pytest.approx(lean_of(img), abs=1e-4)  # float32 has 7 digits
 
 
 # --- the folder -----------------------------------------------------------------------------------------------------
@@ -96,7 +98,8 @@ def test_processes_at_once(tmp_path, again):
 @pytest.mark.parametrize('table', ['', 'image,digit\n', 'image,digit,slant,lean,ink\n0000.png,0,upright,1.0,0.2\n'])
 def test_a_folder_with_other_labels_is_refused_and_not_touched(tmp_path, table):
     (tmp_path/'labels.csv').write_text(table)
-    with pytest.raises(FileExistsError, match='labels.csv holds other labels than these digits: choose an empty folder'): sample_digits(tmp_path)
+    said = 'labels.csv holds other labels than these digits: choose an empty folder'
+    with pytest.raises(FileExistsError, match=said): sample_digits(tmp_path)
     assert list(tmp_path.iterdir()) == [tmp_path/'labels.csv'] and (tmp_path/'labels.csv').read_text() == table
 
 def test_other_files_of_the_folder_are_kept(tmp_path):

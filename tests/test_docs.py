@@ -19,11 +19,12 @@ from bs4 import BeautifulSoup
 
 from paddy_multi._nbdev import DocTable
 
-pytestmark = [pytest.mark.docs, pytest.mark.filterwarnings('ignore:.*:PendingDeprecationWarning', 'ignore:.*torch.jit:FutureWarning')]
+IGNORED = 'ignore:.*:PendingDeprecationWarning', 'ignore:.*torch.jit:FutureWarning'
+pytestmark = [pytest.mark.docs, pytest.mark.filterwarnings(*IGNORED)]
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT/'docs'
 PAGES = sorted(p.relative_to(DOCS).as_posix() for p in DOCS.rglob('*.html'))
-CHROMIUM = next((path for name in ('chromium', 'chromium-browser', 'google-chrome') if (path := shutil.which(name))), None)
+CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 QUIET = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
          '--disable-component-update', '--disable-sync']
 PHONE, DESKTOP = dict(width=390, height=844), dict(width=1280, height=900)
@@ -46,11 +47,12 @@ def test_changed_notebooks_are_noticed(docs, tmp_path):
     nbs = shutil.copytree(ROOT/'nbs', tmp_path/'nbs')
     data = nbs/'paddy_multi/data/00_digits.ipynb'
     text = data.read_text(encoding='utf-8')
-    assert text.count('real handwritten digits (8 by 8 pixels') == 1
-    data.write_text(text.replace('real handwritten digits (8 by 8 pixels', 'real handwritten letters (8 by 8 pixels'), encoding='utf-8')
-    (nbs/'paddy_multi/99_more.ipynb').write_text(notebook(dict(cell_type='markdown', source='# One more page')))
+    phrase = 'real handwritten digits (8 by 8 pixels'
+    assert text.count(phrase) == 1
+    data.write_text(text.replace(phrase, phrase.replace('digits', 'letters')), encoding='utf-8')
+    (nbs/'paddy_multi/data/99_more.ipynb').write_text(notebook(dict(cell_type='markdown', source='# One more page')))
     found = docs.check(DOCS, nbs)
-    assert 'differs: paddy_multi/data/digits.html' in found and 'missing: paddy_multi/more.html' in found
+    assert 'differs: paddy_multi/data/digits.html' in found and 'missing: paddy_multi/data/more.html' in found
 
 
 @pytest.mark.parametrize('change, found', [
@@ -58,7 +60,8 @@ def test_changed_notebooks_are_noticed(docs, tmp_path):
     (lambda site: (site/'_images/old.png').touch(), 'not made from a notebook: _images/old.png'),
     (lambda site: (site/'_static/site.css').write_text('body {}'), 'differs: _static/site.css'),
     (lambda site: edit(site/'index.html', '</article>', 'a word</article>'), 'differs: index.html'),
-    (lambda site: edit(site/'paddy_multi/data/digits.html', '#paddy-multi-data-sample-digits', '#elsewhere'), 'differs: paddy_multi/data/digits.html')])
+    (lambda site: edit(site/'paddy_multi/data/digits.html', '#paddy-multi-data-digits-sample-digits', '#elsewhere'),
+     'differs: paddy_multi/data/digits.html')])
 def test_every_kind_of_difference_is_listed(docs, tmp_path, change, found):
     site = shutil.copytree(DOCS, tmp_path/'docs')
     assert docs.differences(DOCS, site) == []
@@ -82,40 +85,61 @@ def test_symbols_link_to_their_own_api():
     "`name` leads to the section of `name`, or of the class that a method belongs to"
     seen = set()
     for page in PAGES:
-        for code in BeautifulSoup((DOCS/page).read_text(encoding='utf-8'), 'html.parser').select('article a.reference.internal code'):
-            anchor, names = urldefrag(code.find_parent('a')['href'])[1], code.text.removesuffix('()').lower().split('.')
+        soup = BeautifulSoup((DOCS/page).read_text(encoding='utf-8'), 'html.parser')
+        for code in soup.select('article a.reference.internal code'):
+            anchor = urldefrag(code.find_parent('a')['href'])[1]
+            names = code.text.removesuffix('()').lower().split('.')
             slugs = ['-'.join(names[:n]).replace('_', '-').strip('-') for n in (len(names), 1)]
             if not re.match('(paddy-multi|collab-deep)-', anchor): continue
             assert any(anchor.endswith(f'-{slug}') for slug in slugs), f'{page}: `{code.text}` leads to {anchor}'
             folder = page.partition('/')[0].replace('_', '-')
-            assert folder not in ('paddy-multi', 'collab-deep') or anchor.startswith(folder), f'{page}: `{code.text}` leads to the other package'
+            at_home = folder not in ('paddy-multi', 'collab-deep') or anchor.startswith(folder)
+            assert at_home, f'{page}: `{code.text}` leads to the other package'
             seen.add(anchor)
-    assert {'paddy-multi-sliced-combined-loss', 'collab-deep-embedding-embedding'} <= seen, seen
+    assert {'paddy-multi-targets-slices-combined-loss', 'collab-deep-models-embedding-embedding'} <= seen, seen
 
 
 def notebook(*cells):
-    return json.dumps(dict(cells=[dict(id=f'c{i}', metadata={}, **cell) for i, cell in enumerate(cells)], metadata={}, nbformat=4, nbformat_minor=5))
+    cells = [dict(id=f'c{i}', metadata={}, **cell) for i, cell in enumerate(cells)]
+    return json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5))
+
+
+def test_the_sidebar_goes_up_floor_by_floor(docs):
+    "Tutorials, then each package in the order of its rooms, and the notebooks of a room by number"
+    soup = BeautifulSoup((DOCS/'index.html').read_text(encoding='utf-8'), 'html.parser')
+    sidebar = soup.select_one('.sidebar-tree')
+    assert [o.text for o in sidebar.select('.caption')] == ['Tutorials', *docs.packages(), 'More']
+    links = [o['href'].removesuffix('.html') for o in sidebar.select('a.reference.internal')]
+    for package, rooms in docs.plan().items():
+        found = [link for link in links if link.startswith(f'{package}/')]
+        paths = [path for room in rooms for path in sorted((ROOT/'nbs'/package/room).glob('*.ipynb'))]
+        assert found == [f'{package}/{path.parent.name}/{path.stem[3:]}' for path in paths]
 
 
 def test_what_a_page_shows(docs, tmp_path):
     nbs = shutil.copytree(ROOT/'nbs', tmp_path/'nbs')
     def md(source): return dict(cell_type='markdown', source=source)
-    def code(source, out): return dict(cell_type='code', execution_count=1, source=source, outputs=[dict(output_type='stream', name='stdout', text=out)])
+    def code(source, out):
+        outputs = [dict(output_type='stream', name='stdout', text=out)]
+        return dict(cell_type='code', execution_count=1, source=source, outputs=outputs)
     path = nbs/'tutorials/01_trial.ipynb'
     path.parent.mkdir(exist_ok=True)
     path.write_text(notebook(
-        md('# A trial'), md('See [the folder](../paddy_multi/data/00_digits.ipynb#the-folder), `combined_loss`, `CombinedLoss.n_none`, `CombinedLoss.forward` and `nothing`.'),
+        md('# A trial'),
+        md('See [the folder](../paddy_multi/data/00_digits.ipynb#the-folder), `combined_loss`, '
+           '`CombinedLoss.n_none`, `CombinedLoss.forward` and `nothing`.'),
         code('print("seen")', '10%\r50%\rfinished\n'), code('print("no more")', '10%\r100%\r'),
         code('#| echo: false\nprint("only out")', 'alone'), code('#| output: false\nprint("only code")', 'unseen'),
         code('#| hide\nprint("secret")', 'unseen'), code('#| code-fold: true\nprint("folded")', 'from the fold')))
     docs.build(tmp_path/'docs', nbs, strict=True)
     page = BeautifulSoup((tmp_path/'docs/tutorials/trial.html').read_text(encoding='utf-8'), 'html.parser').article
     links = {a.text: a['href'] for a in page.select('a.reference.internal')}
+    slices = '../paddy_multi/targets/slices.html#paddy-multi-targets-slices-'
     assert links == {'the folder': '../paddy_multi/data/digits.html#the-folder',
-                     'combined_loss': '../paddy_multi/targets/slices.html#paddy-multi-sliced-combined-loss',
-                     'CombinedLoss.forward': '../paddy_multi/targets/slices.html#paddy-multi-sliced-combinedloss'}
+                     'combined_loss': f'{slices}combined-loss', 'CombinedLoss.forward': f'{slices}combinedloss'}
     assert [o.text.strip() for o in page.select('.cell_output')] == ['finished', 'alone', 'from the fold']
-    assert [o.text.strip() for o in page.select('.cell_input')] == [f'print("{o}")' for o in ('seen', 'no more', 'only code', 'folded')]
+    seen = [f'print("{o}")' for o in ('seen', 'no more', 'only code', 'folded')]
+    assert [o.text.strip() for o in page.select('.cell_input')] == seen
     assert 'print("folded")' in page.select_one('details').text
 
 
@@ -214,8 +238,10 @@ class Visit:
 IDS = '[...document.querySelectorAll("[id]")].map(e => e.id)'
 LINKS = '[...document.links].map(a => a.href)'
 BROKEN_IMAGES = '[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)'
-PLAIN_MATHS = '[...document.querySelectorAll(".math")].filter(e => !e.querySelector(".katex") || e.querySelector(".katex-error")).map(e => e.textContent)'
-BACKGROUND = 'getComputedStyle(document.body).backgroundColor.match(/[0-9.]+/g).slice(0, 3).reduce((a, b) => a + +b, 0)/3'
+PLAIN_MATHS = '''[...document.querySelectorAll(".math")]
+    .filter(e => !e.querySelector(".katex") || e.querySelector(".katex-error")).map(e => e.textContent)'''
+BACKGROUND = '''getComputedStyle(document.body).backgroundColor.match(/[0-9.]+/g)
+    .slice(0, 3).reduce((a, b) => a + +b, 0)/3'''
 # Furo hides what is too wide for the page in boxes that scroll as a whole: ask each of them
 WIDTH = 'Math.max(...[...document.querySelectorAll("html, body, .page, .main, .content")].map(e => e.scrollWidth))'
 
@@ -229,10 +255,12 @@ def visit(browser, base, name):
     faults += [f'maths not rendered: {tex}' for tex in tab.evaluate(PLAIN_MATHS)]
     for size in (DESKTOP, PHONE):
         tab.set_viewport_size(size)
-        if (width := tab.evaluate(WIDTH)) > size['width']: faults.append(f'{width} px wide on a screen of {size["width"]}')
+        width = tab.evaluate(WIDTH)
+        if width > size['width']: faults.append(f'{width} px wide on a screen of {size["width"]}')
     light = tab.evaluate(BACKGROUND)
     tab.emulate_media(color_scheme='dark')
-    if not (light > 240 and tab.evaluate(BACKGROUND) < 40): faults.append(f'dark mode: background {light:.0f}, then {tab.evaluate(BACKGROUND):.0f}')
+    dark = tab.evaluate(BACKGROUND)
+    if light <= 240 or dark >= 40: faults.append(f'dark mode: background {light:.0f}, then {dark:.0f}')
     result = Visit(faults, tab.evaluate(LINKS), set(tab.evaluate(IDS)))
     tab.close()
     return result
@@ -247,7 +275,8 @@ def faults_of(visits, base, folder):
             target, anchor = map(unquote, urldefrag(link.removeprefix(f'{base}/')))
             target = target.partition('?')[0]
             if not (folder/target).is_file(): lines.append(f'{name}: no page for {link}')
-            elif anchor and target in visits and anchor not in visits[target].ids: lines.append(f'{name}: no anchor for {link}')
+            elif anchor and target in visits and anchor not in visits[target].ids:
+                lines.append(f'{name}: no anchor for {link}')
     return lines
 
 
@@ -256,7 +285,8 @@ def test_every_page(browser, serve, scheme):
     base = serve(DOCS, scheme)
     visits = {name: visit(browser, base, name) for name in PAGES}
     assert faults_of(visits, base, DOCS) == []
-    assert {'index.html', 'search.html', 'paddy_multi/data/digits.html', 'paddy_multi/targets/slices.html'} <= visits.keys()
+    assert {'index.html', 'search.html', 'paddy_multi/data/digits.html'} <= visits.keys()
+    assert 'paddy_multi/targets/slices.html' in visits
 
 
 @pytest.mark.parametrize('scheme', ['http', 'file'])
@@ -281,6 +311,10 @@ def test_a_broken_page_is_noticed(browser, serve, tmp_path, scheme, html, fault)
     assert found and all(line.startswith('index.html: ') for line in found)
 
 
+FOUND = '''document.querySelector("#search-results p.search-summary")
+    ?.textContent.match(/finished|did not match/)'''
+
+
 @pytest.mark.parametrize('scheme', ['http', 'file'])
 def test_search(browser, serve, scheme):
     base, faults = serve(DOCS, scheme), []
@@ -289,7 +323,7 @@ def test_search(browser, serve, scheme):
         tab.goto(f'{base}/index.html')
         tab.fill('.sidebar-search', words)
         tab.press('.sidebar-search', 'Enter')
-        tab.wait_for_function('document.querySelector("#search-results p.search-summary")?.textContent.match(/finished|did not match/)')
+        tab.wait_for_function(FOUND)
         return tab.evaluate('[...document.querySelectorAll("#search-results li a")].map(a => a.href.split("?")[0])')
     found = [url.partition('#')[0] for url in results('combined_loss')]
     assert f'{base}/paddy_multi/targets/slices.html' in found[:2]
@@ -319,5 +353,7 @@ def test_maths_is_set_in_its_own_fonts(browser, serve):
     tab = watched(browser, base, [])
     tab.goto(f'{base}/paddy_multi/data/digits.html')
     assert tab.locator('.math .katex').count() > 3
-    assert tab.evaluate('document.fonts.ready.then(f => [...f].filter(x => x.family == "KaTeX_Math" && x.status == "loaded").length)') > 0
+    loaded = '''document.fonts.ready.then(
+        f => [...f].filter(x => x.family == "KaTeX_Math" && x.status == "loaded").length)'''
+    assert tab.evaluate(loaded) > 0
     tab.close()

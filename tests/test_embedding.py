@@ -95,18 +95,21 @@ def test_sizes(bad):
 
 @pytest.mark.parametrize('bad', [-.01, math.nan, math.inf])
 def test_std(bad):
-    with pytest.raises(ValueError, match='std is a standard deviation, finite and at least 0; found ' + str(bad)): Embedding(4, 2, bad)
+    with pytest.raises(ValueError, match=f'std is a standard deviation, finite and at least 0; found {bad}'):
+        Embedding(4, 2, bad)
 
 
 @pytest.mark.parametrize('dtype', [torch.bool, torch.float16, torch.float64, torch.complex64])
 def test_tensors_that_are_no_ids(dtype):
-    with pytest.raises(TypeError, match=f'ids come as a tensor of integers; found {dtype}. If the values are ids, convert them'):
+    expected = f'ids come as a tensor of integers; found {dtype}. If the values are ids, convert them'
+    with pytest.raises(TypeError, match=expected):
         Embedding(4, 2)(torch.ones(3).to(dtype))
 
 
 @pytest.mark.parametrize('bad', [1, (1, 2), None])
 def test_ids_that_are_no_tensor(bad):
-    with pytest.raises(TypeError, match=f'found {type(bad).__name__}: .*Wrap them in torch.tensor'): Embedding(4, 2)(bad)
+    with pytest.raises(TypeError, match=f'found {type(bad).__name__}: .*Wrap them in torch.tensor'):
+        Embedding(4, 2)(bad)
 
 
 def test_takes_the_place_of_fastais():

@@ -1,6 +1,7 @@
 "Every call of fastai on three targets of unequal widths with missing labels, beside the same worked out by hand"
 import json
 import random
+import re
 import subprocess
 import sys
 
@@ -12,17 +13,24 @@ import pytest
 import sklearn.metrics as skm
 import torch
 import torch.nn.functional as F
-from fastai.vision.all import (Callback, CategoryBlock, ClassificationInterpretation, ColReader, CutMix, DataBlock, EarlyStoppingCallback, F1Score,
-                               ImageBlock, IndexSplitter, Interpretation, Learner, MixUp, PILImageBW, RandomSplitter, ReduceLROnPlateau,
-                               RegressionBlock, Resize, RocAuc, SaveModelCallback, TransformBlock, accuracy, load_learner, noop, resnet18, set_seed, vision_learner)
+from fastai.vision.all import (Callback, CategoryBlock, ClassificationInterpretation, ColReader, CutMix,
+                               DataBlock, EarlyStoppingCallback, F1Score, ImageBlock, IndexSplitter,
+                               Interpretation, Learner, MixUp, PILImageBW, RandomSplitter, ReduceLROnPlateau,
+                               RegressionBlock, Resize, RocAuc, SaveModelCallback, TransformBlock, accuracy,
+                               load_learner, noop, resnet18, set_seed, vision_learner)
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from paddy_multi.data.digits import sample_digits
-from paddy_multi.use.interpret import MultiTargetInterpretation
-from paddy_multi.kinds.kinds import CategoryTarget, MultiCategoryTarget, OrdinalTarget, RegressionTarget
+from paddy_multi.kinds.category import CategoryTarget
+from paddy_multi.kinds.multicategory import MultiCategoryTarget
+from paddy_multi.kinds.ordinal import OrdinalTarget
+from paddy_multi.kinds.regression import RegressionTarget
+from paddy_multi.targets.declare import Targets
+from paddy_multi.targets.encoded import TensorTargets, by_name
+from paddy_multi.targets.table import TargetRow
 from paddy_multi.train.learner import multi_target_learner
-from paddy_multi.targets.declare import TargetRow, Targets, TensorTargets, by_name
+from paddy_multi.use.interpret import MultiTargetInterpretation
 
 matplotlib.use('agg')
 fast = settings(deadline=None, max_examples=30)
@@ -43,19 +51,23 @@ def labels(path):
     return df
 
 def declare(labels, **slant):
-    return Targets(digit=CategoryTarget(by_name(labels, 'image', 'digit')), lean=RegressionTarget(by_name(labels, 'image', 'lean')),
+    return Targets(digit=CategoryTarget(by_name(labels, 'image', 'digit')),
+                   lean=RegressionTarget(by_name(labels, 'image', 'lean')),
                    slant=CategoryTarget(by_name(labels, 'image', 'slant'), **slant))
 
 def files_of(path, labels): return [path/'images'/o for o in labels.image]
 
 def block(targets, seed=0, **kwargs):
-    return DataBlock(**{**dict(blocks=(ImageBlock(PILImageBW), targets.block), get_y=targets.get_y, splitter=RandomSplitter(.25, seed=seed), item_tfms=Resize(16)), **kwargs})
+    defaults = dict(blocks=(ImageBlock(PILImageBW), targets.block), get_y=targets.get_y,
+                    splitter=RandomSplitter(.25, seed=seed), item_tfms=Resize(16))
+    return DataBlock(**{**defaults, **kwargs})
 
 def load(path, labels, targets=None, bs=16, **kwargs):
     set_seed(0)
     return block(targets or declare(labels), **kwargs).dataloaders(files_of(path, labels), bs=bs, num_workers=0)
 
-def tiny(n_out): return nn.Sequential(nn.Conv2d(1, 6, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(54, n_out))
+def tiny(n_out):
+    return nn.Sequential(nn.Conv2d(1, 6, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(54, n_out))
 
 def learner(dls, path=None, **kwargs):
     set_seed(1)
@@ -75,7 +87,7 @@ def fit(learn, *args, **kwargs):
     with learn.no_logging(), learn.no_bar(): learn.fit(*args, **kwargs)
 
 
-# --- the same by hand --------------------------------------------------------------------------------------------------
+# --- the same by hand -------------------------------------------------------------------------------------------------
 def rows_by_hand(items, labels, mean, std):
     "Class numbers and standardised leans of `items` `[n, 3]`, NaN where missing"
     df = labels.set_index('image').loc[[o.name for o in items]]
@@ -84,11 +96,11 @@ def rows_by_hand(items, labels, mean, std):
 
 def losses_by_hand(p, y):
     "The three targets' losses of each item, and which have a label"
-    losses,valid = [],~y.isnan()
-    y = y.nan_to_num(0)
-    for target, loss in enumerate([lambda: F.cross_entropy(p[:,0:4], y[:,0].long(), reduction='none'), lambda: (p[:,4]-y[:,1])**2,
-                                   lambda: F.cross_entropy(p[:,5:8], y[:,2].long(), reduction='none')]): losses.append(loss())
-    return torch.stack(losses, 1), valid
+    valid,y = ~y.isnan(),y.nan_to_num(0)
+    digit = F.cross_entropy(p[:,0:4], y[:,0].long(), reduction='none')
+    lean = (p[:,4]-y[:,1])**2
+    slant = F.cross_entropy(p[:,5:8], y[:,2].long(), reduction='none')
+    return torch.stack([digit, lean, slant], 1), valid
 
 def loss_by_hand(p, y):
     p,y = torch.Tensor(p),torch.Tensor(y)
@@ -103,12 +115,14 @@ def by_hand(dls, labels, learn):
     x = torch.cat([b[0] for b in dls.valid.new(shuffle=False)])
     with torch.no_grad(): return torch.Tensor(learn.model.eval().cpu()(x.cpu())), y
 
-def close(a, b, rtol=1e-5, atol=1e-6): np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=rtol, atol=atol)
+def close(a, b, rtol=1e-5, atol=1e-6):
+    np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=rtol, atol=atol)
 
 
-# --- data ---------------------------------------------------------------------------------------------------------------
+# --- data -------------------------------------------------------------------------------------------------------------
 def test_table_and_batches(dls, by_hand):
-    assert dls.targets.slices == dict(digit=slice(0, 4), lean=slice(4, 5), slant=slice(5, 8)) and dls.c == 8 and dls.n_inp == 1
+    assert dls.targets.slices == dict(digit=slice(0, 4), lean=slice(4, 5), slant=slice(5, 8))
+    assert dls.c == 8 and dls.n_inp == 1
     y = torch.cat([b[1] for b in dls.valid])
     assert isinstance(y, TensorTargets)
     close(y.cpu(), by_hand[1], atol=1e-5)
@@ -118,13 +132,15 @@ def test_a_datablock_used_twice_fits_two_tables(path, labels):
     one = b.dataloaders(files_of(path, labels), num_workers=0)
     mean = one.targets['lean'].mean
     fewer = labels[labels.digit != '2']
-    with pytest.warns(UserWarning, match="33 rows of column 'image' have no item, such as '0022.png'"): two = b.dataloaders(files_of(path, fewer), num_workers=0)
+    with pytest.warns(UserWarning, match="33 rows of column 'image' have no item, such as '0022.png'"):
+        two = b.dataloaders(files_of(path, fewer), num_workers=0)
     assert (one.targets.vocabs['digit'], two.targets.vocabs['digit']) == (list('0123'), list('013'))
     assert (one.c, two.c) == (8, 7) and one.targets['lean'].mean == mean != two.targets['lean'].mean
 
 def test_class_found_only_in_validation_is_named_kept_and_an_error(path, labels):
     only = labels.index[labels.digit == '3'].tolist()
-    with pytest.warns(UserWarning, match="digit: '3' found outside the training split only: never trained, and counted as an error"):
+    message = "digit: '3' found outside the training split only: never trained, and counted as an error"
+    with pytest.warns(UserWarning, match=message):
         dls = load(path, labels, splitter=IndexSplitter([*only, *labels.index[labels.digit == '0'][:5]]))
     assert dls.targets.vocabs['digit'] == list('0123')
     learn = learner(dls)
@@ -153,7 +169,7 @@ def test_test_dl_with_and_without_labels(dls, learn, labels):
     assert learn.get_preds(dl=dls.test_dl(items))[1] is None
 
 
-# --- training -------------------------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------------------
 def test_lr_find_fit_fine_tune_leave_finite_weights(dls, tmp_path):
     learn = learner(dls, tmp_path)
     with learn.no_logging(), learn.no_bar():
@@ -161,8 +177,9 @@ def test_lr_find_fit_fine_tune_leave_finite_weights(dls, tmp_path):
         learn.fine_tune(1, .01)
         learn.fit_one_cycle(1, .01)
     assert all(o.isfinite().all() for o in learn.model.parameters())
-    assert learn.recorder.metric_names[1:-1] == ['train_loss', 'valid_loss', 'digit_error_rate', 'lean_mean_absolute_error', 'slant_error_rate',
-                                                 'digit_loss', 'lean_loss', 'slant_loss']
+    assert learn.recorder.metric_names[1:-1] == [
+        'train_loss', 'valid_loss', 'digit_error_rate', 'lean_mean_absolute_error', 'slant_error_rate',
+        'digit_loss', 'lean_loss', 'slant_loss']
 
 def test_validate_is_the_split_as_one_batch_however_it_is_cut(learn, dls, by_hand):
     p,y = by_hand
@@ -186,7 +203,8 @@ def test_vision_learner_needs_neither_n_out_nor_loss(dls):
 def test_too_wide_an_output_is_refused(dls):
     learn = learner(dls)
     learn.model[-1] = nn.Linear(54, 9)
-    with pytest.raises(ValueError, match=r"the targets \['digit', 'lean', 'slant'\] need an output \[bs, 8\], the model gives \[16, 9\]: set n_out=8"): fit(learn, 1)
+    message = "the targets ['digit', 'lean', 'slant'] need an output [bs, 8], the model gives [16, 9]: set n_out=8"
+    with pytest.raises(ValueError, match=re.escape(message)): fit(learn, 1)
 
 def train_by_hand(dls, loss, n_out=8):
     set_seed(1)
@@ -205,9 +223,12 @@ def test_weights_after_an_epoch_equal_those_of_a_tuple_of_blocks(path, labels):
     mean,std = packed.targets['lean'].mean,packed.targets['lean'].std
     get = full.set_index('image')
     set_seed(0)
-    tuples = DataBlock((ImageBlock(PILImageBW), CategoryBlock, RegressionBlock, CategoryBlock), n_inp=1, splitter=RandomSplitter(.25, seed=0), item_tfms=Resize(16),
-                       get_y=[lambda o: get.digit[o.name], lambda o: (get.lean[o.name]-mean)/std, lambda o: get.slant[o.name]]).dataloaders(files_of(path, full), bs=16, num_workers=0)
-    def loss(p, digit, lean, slant): return F.cross_entropy(p[:,:4], digit) + F.mse_loss(p[:,4], lean) + F.cross_entropy(p[:,5:], slant)
+    get_y = [lambda o: get.digit[o.name], lambda o: (get.lean[o.name]-mean)/std, lambda o: get.slant[o.name]]
+    blocks = (ImageBlock(PILImageBW), CategoryBlock, RegressionBlock, CategoryBlock)
+    tuples = DataBlock(blocks, n_inp=1, get_y=get_y, splitter=RandomSplitter(.25, seed=0), item_tfms=Resize(16))
+    tuples = tuples.dataloaders(files_of(path, full), bs=16, num_workers=0)
+    def loss(p, digit, lean, slant):
+        return F.cross_entropy(p[:,:4], digit) + F.mse_loss(p[:,4], lean) + F.cross_entropy(p[:,5:], slant)
     a,b = train_by_hand(packed, None),train_by_hand(tuples, loss)
     print('largest difference', float((a-b).abs().max()))
     close(a, b, rtol=1e-4, atol=1e-6)
@@ -217,8 +238,9 @@ class Spy(Callback):
     order = 100
     def __init__(self, mix): self.mix,self.seen = mix,None
     def after_loss(self):
-        if self.training and self.seen is None:
-            self.seen = [o.detach().clone() for o in (self.pred, self.yb[0], self.mix.yb1[0], self.learn.loss_grad)] + [self.mix.lam.clone()]
+        if not self.training or self.seen is not None: return
+        seen = self.pred,self.yb[0],self.mix.yb1[0],self.learn.loss_grad,self.mix.lam
+        self.seen = [o.detach().clone() for o in seen]
 
 @pytest.mark.parametrize('mix', [MixUp, CutMix])
 def test_mixed_batches_with_missing_labels_are_mixed_as_by_hand(dls, mix):
@@ -243,26 +265,32 @@ def test_a_number_missing_everywhere_in_a_batch_leaves_its_column_alone(dls):
     learn.loss_func(learn.model.cpu()(x), y).backward()
     assert learn.model[-1].weight.grad[4].eq(0).all() and learn.model[-1].weight.grad[:4].ne(0).any()
 
-@pytest.mark.parametrize('name,least', [('digit_error_rate', True), ('slant_accuracy', False), ('lean_mean_absolute_error', True), ('lean_loss', True),
-                                        ('digit_f1_score', False), ('slant_roc_auc_score', False)])
+@pytest.mark.parametrize('name,least', [
+    ('digit_error_rate', True), ('slant_accuracy', False), ('lean_mean_absolute_error', True),
+    ('lean_loss', True), ('digit_f1_score', False), ('slant_roc_auc_score', False)])
 def test_trackers_go_the_right_way(dls, tmp_path, name, least):
-    metrics = dls.targets.metrics(digit=[wrong_share_error, F1Score(average='macro')], slant=[accuracy, RocAuc()]) if name != 'digit_error_rate' else dls.targets.metrics()
+    own = dict(digit=[wrong_share_error, F1Score(average='macro')], slant=[accuracy, RocAuc()])
+    metrics = dls.targets.metrics(**({} if name == 'digit_error_rate' else own))
     learn = learner(dls, tmp_path, metrics=metrics)
-    save,stop,reduce = SaveModelCallback(monitor=name, fname='best'),EarlyStoppingCallback(monitor=name, patience=9),ReduceLROnPlateau(monitor=name, patience=9)
+    save = SaveModelCallback(monitor=name, fname='best')
+    stop = EarlyStoppingCallback(monitor=name, patience=9)
+    reduce = ReduceLROnPlateau(monitor=name, patience=9)
     fit(learn, 3, cbs=[save, stop, reduce])
     names = learn.recorder.metric_names[1:-1]
     values = [o[names.index(name)] for o in learn.recorder.values]
     best = min(values) if least else max(values)
     assert [o.best for o in (save, stop, reduce)] == [best]*3
     assert {o.comp for o in (save, stop, reduce)} == {np.less if least else np.greater}
-    with learn.no_bar(): assert learn.validate()[names.index(name)-1] == pytest.approx(best)   # SaveModelCallback loads the best at the end
+    with learn.no_bar(): again = learn.validate()[names.index(name)-1]
+    assert again == pytest.approx(best)                      # SaveModelCallback loads the best at the end
 
 def wrong_share_error(preds, targs): return (preds.argmax(1) != targs).float().mean()
 
 def test_metrics_of_scikit_learn_are_exact_over_labelled_items(path, labels, learn, by_hand):
     p,y = by_hand
     dls = learn.dls
-    own = learner(dls, metrics=dls.targets.metrics(digit=F1Score(average='macro'), slant=[F1Score(average='macro'), RocAuc()]))
+    metrics = dls.targets.metrics(digit=F1Score(average='macro'), slant=[F1Score(average='macro'), RocAuc()])
+    own = learner(dls, metrics=metrics)
     own.model = learn.model
     with own.no_bar(): got = dict(zip([o.name for o in own.metrics], own.validate(dl=dls.valid.new(bs=5))[1:]))
     m = ~y[:,2].isnan()
@@ -271,7 +299,8 @@ def test_metrics_of_scikit_learn_are_exact_over_labelled_items(path, labels, lea
     close(got['slant_roc_auc_score'], skm.roc_auc_score(y[m,2], p[m,5:].softmax(1), multi_class='ovr'))
 
 def test_metric_without_a_name_is_refused(dls):
-    with pytest.raises(ValueError, match='digit: a metric is known by its name and a lambda has none'): dls.targets.metrics(digit=lambda p, t: 0.)
+    with pytest.raises(ValueError, match='digit: a metric is known by its name and a lambda has none'):
+        dls.targets.metrics(digit=lambda p, t: 0.)
 
 def test_learned_weights_are_trained_saved_and_exported(dls, tmp_path):
     learn = multi_target_learner(dls, tiny(8)[:-1], head=nn.Linear(54, 8), weighting='uncertainty', path=tmp_path)
@@ -282,15 +311,18 @@ def test_learned_weights_are_trained_saved_and_exported(dls, tmp_path):
     learn.export('learned.pkl')
     loaded = load_learner(tmp_path/'learned.pkl')
     assert loaded.model.log_vars.equal(learn.model.log_vars) and loaded.loss_func.log_vars is loaded.model.log_vars
-    close(loaded.loss_func.weights.detach(), np.exp(-learn.model.log_vars.detach().numpy())*[1, .5, 1])    # half for a number: Kendall et al., equation 10
+    # Half for a number: Kendall et al., equation 10
+    expected = np.exp(-learn.model.log_vars.detach().numpy())*[1, .5, 1]
+    close(loaded.loss_func.weights.detach(), expected)
 
 
-# --- predictions -----------------------------------------------------------------------------------------------------------
+# --- predictions ------------------------------------------------------------------------------------------------------
 def acts_by_hand(p): return torch.cat([p[:,:4].softmax(1), p[:,4:5], p[:,5:].softmax(1)], 1)
 
 def test_get_preds_with_all_it_can_give(learn, dls, by_hand):
     p,y = by_hand
-    with learn.no_bar(): x,acts,targs,decoded,losses = learn.get_preds(with_input=True, with_decoded=True, with_loss=True)
+    with learn.no_bar():
+        x,acts,targs,decoded,losses = learn.get_preds(with_input=True, with_decoded=True, with_loss=True)
     assert x.shape[0] == len(y)
     close(acts, acts_by_hand(p))
     close(targs, y, atol=1e-5)
@@ -341,8 +373,11 @@ for file in sys.argv[2:]:
     if 'frame' in file:
         import pandas as pd
         items = pd.DataFrame(dict(image=items))
-    with learn.no_bar(): row = learn.predict(items[0] if isinstance(items, list) else items.iloc[0])[0]
-    with learn.no_bar(): out[file] = [dict(row), learn.get_preds(dl=learn.dls.test_dl(items))[0].tolist(), predict_named(learn, items).digit_prob.tolist()]
+    with learn.no_bar():
+        row = learn.predict(items[0] if isinstance(items, list) else items.iloc[0])[0]
+        acts = learn.get_preds(dl=learn.dls.test_dl(items))[0]
+        named = predict_named(learn, items)
+    out[file] = [dict(row), acts.tolist(), named.digit_prob.tolist()]
 print('RESULT'+json.dumps(out))
 """
 
@@ -350,8 +385,8 @@ def test_exported_learners_in_a_new_process(path, labels, learn, tmp_path):
     "One made from files, one from a table: the same predictions, without the tables that labels were read from"
     targets = Targets.from_df(labels, ['digit', 'lean', 'slant'])
     set_seed(0)
-    frame = DataBlock((ImageBlock(PILImageBW), targets.block), get_x=ColReader('image'), get_y=targets.get_y, splitter=RandomSplitter(.25, seed=0),
-                      item_tfms=Resize(16)).dataloaders(labels.assign(image=[str(o) for o in files_of(path, labels)]), bs=16, num_workers=0)
+    with_paths = labels.assign(image=[str(o) for o in files_of(path, labels)])
+    frame = block(targets, get_x=ColReader('image')).dataloaders(with_paths, bs=16, num_workers=0)
     from_frame = learner(frame)
     fit(from_frame, 1)
     items = [str(o) for o in learn.dls.valid_ds.items[:4]]
@@ -360,9 +395,14 @@ def test_exported_learners_in_a_new_process(path, labels, learn, tmp_path):
         file = tmp_path/f'{name}.pkl'
         one.export(file)
         content = file.read_bytes()
-        assert not [o for o in labels.image if o.encode() in content], 'names of training files are in the exported learner'
-        with one.no_bar(): expected[str(file)] = one.get_preds(dl=one.dls.test_dl(test))[0], one.predict(test[0] if name == 'files' else test.iloc[0])[0]
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', NEW_PROCESS, json.dumps(items), *expected], capture_output=True, text=True)
+        found = [o for o in labels.image if o.encode() in content]
+        assert not found, 'names of training files are in the exported learner'
+        with one.no_bar():
+            acts = one.get_preds(dl=one.dls.test_dl(test))[0]
+            row = one.predict(test[0] if name == 'files' else test.iloc[0])[0]
+        expected[str(file)] = acts,row
+    command = [sys.executable, '-W', 'ignore', '-c', NEW_PROCESS, json.dumps(items), *expected]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     for file, (row, acts, prob) in json.loads(done.stdout.split('RESULT')[1]).items():
         close(acts, expected[file][0], rtol=1e-5)
@@ -378,23 +418,28 @@ class TwoInputs(nn.Module):
 
 def test_a_table_without_pictures_keeps_every_vocabulary_and_number_apart():
     "Where TabularPandas gives two categories the vocabulary of the first, and turns a number beside them into -1"
-    df = pd.DataFrame(dict(a=np.arange(24.), b=np.arange(24.)%7, colour=['red','green','blue']*8, shape=['cube','ball','cone','rod']*6, mass=np.arange(24.)*3))
+    df = pd.DataFrame(dict(a=np.arange(24.), b=np.arange(24.)%7, colour=['red','green','blue']*8,
+                           shape=['cube','ball','cone','rod']*6, mass=np.arange(24.)*3))
     targets = Targets.from_df(df, ['colour', 'shape', 'mass'])
-    rows = DataBlock(blocks=(TransformBlock, targets.block), get_x=lambda row: torch.tensor([row.a, row.b], dtype=torch.float32), get_y=targets.get_y, splitter=IndexSplitter(range(18, 24)))
+    def get_x(row): return torch.tensor([row.a, row.b], dtype=torch.float32)
+    rows = DataBlock(blocks=(TransformBlock, targets.block), get_x=get_x, get_y=targets.get_y,
+                     splitter=IndexSplitter(range(18, 24)))
     dls = rows.dataloaders([row for _, row in df.iterrows()], bs=6, num_workers=0)
     assert dls.targets.vocabs == dict(colour=['blue','green','red'], shape=['ball','cone','cube','rod'], mass=None)
     assert dls.targets['mass'].mean == pytest.approx(25.5)                    # of 0, 3, ..., 51
     learn = Learner(dls, nn.Linear(2, dls.c), metrics=dls.targets.metrics())
     fit(learn, 1)
-    assert dict(learn.dls.targets.decode(dls.valid_ds[1][1])) == dict(colour='green', shape='rod', mass=pytest.approx(57, rel=1e-5))
+    second = dict(learn.dls.targets.decode(dls.valid_ds[1][1]))
+    assert second == dict(colour='green', shape='rod', mass=pytest.approx(57, rel=1e-5))
     assert set(learn.predict(df.iloc[3])[0]) == {'colour', 'shape', 'mass'}
 
 
 def test_two_inputs(path, labels):
     targets = declare(labels)
     set_seed(0)
-    dls = DataBlock((ImageBlock(PILImageBW), ImageBlock(PILImageBW), targets.block), n_inp=2, get_x=[noop, noop], get_y=targets.get_y, splitter=RandomSplitter(.25, seed=0),
-                    item_tfms=Resize(16)).dataloaders(files_of(path, labels), bs=16, num_workers=0)
+    blocks = (ImageBlock(PILImageBW), ImageBlock(PILImageBW), targets.block)
+    two = block(targets, blocks=blocks, n_inp=2, get_x=[noop, noop])
+    dls = two.dataloaders(files_of(path, labels), bs=16, num_workers=0)
     learn = Learner(dls, TwoInputs(dls.c), metrics=dls.targets.metrics())
     fit(learn, 1)
     with learn.no_bar():
@@ -407,23 +452,41 @@ def test_two_inputs(path, labels):
     assert row['digit'] == list('0123')[acts[0,:4].argmax()] and y.shape[1] == 3
 
 
-# --- random tables of targets: kinds, widths, missing labels ----------------------------------------------------------------
+# --- random tables of targets: kinds, widths, missing labels ----------------------------------------------------------
+KINDS = dict(category=CategoryTarget, multicategory=MultiCategoryTarget, regression=RegressionTarget,
+             ordinal=OrdinalTarget)
+
+def label_of(kind, vocab, rng):
+    if kind == 'regression': return rng.uniform(-50, 50)
+    if kind == 'multicategory': return [o for o in vocab if rng.random() < .5]
+    return rng.choice(vocab)
+
+def first_two(kind, vocab):
+    "Enough to learn from"
+    if kind == 'regression': return [1., 2.]
+    return [vocab[:1], vocab[1:]] if kind == 'multicategory' else vocab[:2]
+
+@st.composite
+def one_target(draw, n):
+    "A target, and its column of `n` labels"
+    kind = draw(st.sampled_from([*KINDS]))
+    width,missing = draw(st.integers(2, 5)),draw(st.sampled_from([0., .3, .8]))
+    rng = random.Random(draw(st.integers(0, 999)))
+    vocab,weight = [f'c{j}' for j in range(width)],draw(st.sampled_from([1., .5, 2.]))
+    more = {} if kind == 'regression' else dict(vocab=vocab)
+    none = [None, float('nan')]
+    column = [label_of(kind, vocab, rng) if rng.random() >= missing else rng.choice(none) for _ in range(n)]
+    column[:2] = first_two(kind, vocab)
+    return KINDS[kind](weight=weight, **more), column
+
 @st.composite
 def tables(draw):
-    "Targets by name, and 2 to 12 rows of labels"
+    "Targets by name, and 4 to 12 rows of labels"
     n = draw(st.integers(4, 12))
-    declared,columns = {},{}
-    for i, kind in enumerate(draw(st.lists(st.sampled_from(['category', 'multicategory', 'regression', 'ordinal']), min_size=1, max_size=5))):
-        width,missing = draw(st.integers(2, 5)),draw(st.sampled_from([0., .3, .8]))
-        rng = random.Random(draw(st.integers(0, 999)))
-        vocab,weight = [f'c{j}' for j in range(width)],draw(st.sampled_from([1., .5, 2.]))
-        make = dict(category=lambda: CategoryTarget(weight=weight, vocab=vocab), ordinal=lambda: OrdinalTarget(weight=weight, vocab=vocab),
-                    multicategory=lambda: MultiCategoryTarget(weight=weight, vocab=vocab), regression=lambda: RegressionTarget(weight=weight))[kind]
-        one = dict(regression=lambda: rng.uniform(-50, 50), multicategory=lambda: [o for o in vocab if rng.random() < .5]).get(kind, lambda: rng.choice(vocab))
-        column = [one() if rng.random() >= missing else rng.choice([None, float('nan')]) for _ in range(n)]
-        column[:2] = dict(regression=[1., 2.], multicategory=[vocab[:1], vocab[1:]]).get(kind, vocab[:2])   # enough to learn from
-        declared[f't{i}'],columns[f't{i}'] = make(),column
-    return declared, [dict(zip(columns, o)) for o in zip(*columns.values())]
+    drawn = draw(st.lists(one_target(n), min_size=1, max_size=5))
+    names = [f't{i}' for i in range(len(drawn))]
+    declared = {name: target for name, (target, _) in zip(names, drawn)}
+    return declared, [dict(zip(names, row)) for row in zip(*(column for _, column in drawn))]
 
 def same(label, back):
     if label is None or label != label: return back is None
@@ -476,7 +539,8 @@ def test_loss_is_that_of_a_loop_over_labelled_items_and_missing_labels_have_no_g
         elif t.kind == 'multicategory': one = F.binary_cross_entropy_with_logits(q, v)
         elif t.kind == 'regression': one = F.mse_loss(q, v)
         else:   # CORN: the mean over all pairs of a rank and an item that reaches it
-            terms = [F.binary_cross_entropy_with_logits(q[i,j], (v[i,0] > j).double()) for i in range(len(have)) for j in range(t.width) if v[i,0] >= j]
+            reached = [(i, j) for i in range(len(have)) for j in range(t.width) if v[i,0] >= j]
+            terms = [F.binary_cross_entropy_with_logits(q[i,j], (v[i,0] > j).double()) for i, j in reached]
             one = sum(terms)/len(terms)
         hand = hand + t.weight*one
     loss = table.loss()(p, y)

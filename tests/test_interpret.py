@@ -13,13 +13,11 @@ from fastai.vision.all import DataBlock, ImageBlock, IndexSplitter, Learner, MSE
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from paddy_multi.data.digits import sample_digits
-from paddy_multi.use.interpret import MultiTargetInterpretation
-from paddy_multi.kinds.kinds import CategoryTarget, MultiCategoryTarget, OrdinalTarget, RegressionTarget
-from paddy_multi.targets.declare import Targets, TensorTargets
+from paddy_multi.all import (CategoryTarget, MultiCategoryTarget, MultiTargetInterpretation, OrdinalTarget,
+                             RegressionTarget, Targets, TensorTargets, sample_digits)
 
 matplotlib.use('agg')
-DISEASES,SPOTS,STAGES = ['blast', 'hispa', 'normal', 'tungro'], ['leaf', 'stem'], ['young', 'old', 'dead']
+DISEASES,SPOTS,STAGES = ['blast', 'hispa', 'normal', 'tungro'],['leaf', 'stem'],['young', 'old', 'dead']
 
 
 def random_labels(n, seed):
@@ -30,18 +28,20 @@ def random_labels(n, seed):
     df = df.astype(object)
     for col in df: df.loc[rng.random(n) < .25, col] = None
     df.iloc[-1] = None
-    df.iloc[:4,0],df.iloc[:4,2] = DISEASES, [*STAGES, 'old']   # enough to learn from
-    df.iloc[0,1],df.iloc[1,1] = 50., 70.
-    df.at[0, 'spots'],df.at[1, 'spots'] = ['leaf'], ['stem']
+    df.iloc[:4,0],df.iloc[:4,2] = DISEASES,[*STAGES, 'old']   # enough to learn from
+    df.iloc[0,1],df.iloc[1,1] = 50.,70.
+    df.at[0, 'spots'],df.at[1, 'spots'] = ['leaf'],['stem']
     return df
 
 def interpretation(n=40, seed=0, loss=None, weight=1.):
     "An interpretation of random outputs, the labels, and what the outputs stand for"
     df = random_labels(n, seed)
     rows = df.to_dict('records')
-    table = Targets(disease=CategoryTarget(loss=loss, weight=weight), age=RegressionTarget(), stage=OrdinalTarget(vocab=STAGES), spots=MultiCategoryTarget()).fit(rows)
+    targets = Targets(disease=CategoryTarget(loss=loss, weight=weight), age=RegressionTarget(),
+                      stage=OrdinalTarget(vocab=STAGES), spots=MultiCategoryTarget())
+    table = targets.fit(rows)
     torch.manual_seed(seed)
-    preds,targs = torch.randn(n, table.n_out),TensorTargets(torch.stack([torch.Tensor(table.encode(o)) for o in rows]))
+    preds,targs = torch.randn(n, table.n_out),TensorTargets(torch.stack([table.encode(o) for o in rows]))
     learn = SimpleNamespace(loss_func=table.loss(), dls=SimpleNamespace(targets=table, device='cpu'))
     interp = MultiTargetInterpretation(learn, SimpleNamespace(items=[f'{i}.jpg' for i in range(n)]), preds, targs)
     decoded = pd.DataFrame([table.decode(o) for o in learn.loss_func.decodes(learn.loss_func.activation(preds))])
@@ -54,7 +54,7 @@ some = settings(deadline=None, max_examples=15)
 @seeds
 @some
 def test_confusion_and_report_leave_missing_labels_out(seed):
-    interp, df, decoded, _ = interpretation(seed=seed)
+    interp,df,decoded,_ = interpretation(seed=seed)
     for name, vocab in (('disease', DISEASES), ('stage', STAGES)):
         have = df[name].notna()
         cm = interp.confusion_matrix(name)
@@ -64,13 +64,14 @@ def test_confusion_and_report_leave_missing_labels_out(seed):
         found = interp.most_confused(name, min_val=2)
         assert {o[:2]: o[2] for o in found} == pairs and [o[2] for o in found] == sorted(pairs.values(), reverse=True)
         report = interp.classification_report(name)
-        p,r,f,n = skm.precision_recall_fscore_support(df[name][have].tolist(), decoded[name][have].tolist(), labels=vocab, zero_division=0)
-        np.testing.assert_allclose(report.loc[vocab].values, np.stack([p, r, f, n], 1))
+        true,pred = (d[name][have].tolist() for d in (df, decoded))
+        expected = skm.precision_recall_fscore_support(true, pred, labels=vocab, zero_division=0)
+        np.testing.assert_allclose(report.loc[vocab].values, np.stack(expected, 1))
 
 @seeds
 @some
 def test_report_of_several_labels(seed):
-    interp, df, decoded, _ = interpretation(seed=seed)
+    interp,df,decoded,_ = interpretation(seed=seed)
     have = df.spots.notna()
     report = interp.classification_report('spots')
     for spot in SPOTS:
@@ -82,7 +83,7 @@ def test_report_of_several_labels(seed):
 @seeds
 @some
 def test_joint_errors_are_shares_of_items_with_both_labels(seed):
-    interp, df, decoded, _ = interpretation(seed=seed)
+    interp,df,decoded,_ = interpretation(seed=seed)
     def wrong(name):
         both = zip(df[name], decoded[name])
         if name == 'age': return [a is not None and a == a and abs(a-b) > 12 for a, b in both]
@@ -91,7 +92,7 @@ def test_joint_errors_are_shares_of_items_with_both_labels(seed):
     assert len(joint) == 12
     for (a, b), row in joint.iterrows():
         both = df[a].notna() & df[b].notna()
-        wa,wb = np.array(wrong(a))[both], np.array(wrong(b))[both]
+        wa,wb = np.array(wrong(a))[both],np.array(wrong(b))[both]
         for part, name in ((wa[wb], 'wrong'), (wa[~wb], 'right')):
             assert row[f'n_{name}'] == len(part)
             np.testing.assert_allclose(row[f'wrong_if_{name}'], part.mean() if len(part) else np.nan)
@@ -99,7 +100,7 @@ def test_joint_errors_are_shares_of_items_with_both_labels(seed):
     assert gap.is_monotonic_decreasing
 
 def test_a_number_is_wrong_from_its_standard_deviation_on():
-    interp, df, decoded, _ = interpretation()
+    interp,df,decoded,_ = interpretation()
     std = interp.targets['age'].std
     pd.testing.assert_frame_equal(interp.joint_errors(), interp.joint_errors(off_by=dict(age=std)))
     row = interp.joint_errors().set_index(['target', 'given']).loc['disease', 'age']
@@ -109,9 +110,10 @@ def test_a_number_is_wrong_from_its_standard_deviation_on():
 @seeds
 @some
 def test_top_losses_are_among_labelled_items(seed):
-    interp, df, _, preds = interpretation(seed=seed)
+    interp,df,_,preds = interpretation(seed=seed)
     have = df.disease.notna().values
-    each = F.cross_entropy(preds[:,:4], torch.tensor([DISEASES.index(o) if isinstance(o, str) else 0 for o in df.disease]), reduction='none')
+    numbers = torch.tensor([DISEASES.index(o) if isinstance(o, str) else 0 for o in df.disease])
+    each = F.cross_entropy(preds[:,:4], numbers, reduction='none')
     losses,idx,items = interp.top_losses(6, target='disease', items=True)
     expected = sorted(each[torch.tensor(have)].tolist(), reverse=True)[:6]
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
@@ -126,7 +128,7 @@ def test_top_losses_are_among_labelled_items(seed):
 
 def test_weights_of_targets_and_classes_count_in_the_total():
     w = torch.tensor([1., 2., 3., 4.])
-    interp, df, _, preds = interpretation(loss=nn.CrossEntropyLoss(weight=w), weight=.5)
+    interp,df,_,preds = interpretation(loss=nn.CrossEntropyLoss(weight=w), weight=.5)
     i = 2
     assert df.disease[i] == 'normal'
     own = w[2]*F.cross_entropy(preds[i:i+1,:4], torch.tensor([2]))
@@ -135,17 +137,18 @@ def test_weights_of_targets_and_classes_count_in_the_total():
     torch.testing.assert_close(interp.losses[i], .5*own + rest)
 
 def test_regression_plot_is_in_units():
-    interp, df, decoded, _ = interpretation()
+    interp,df,decoded,_ = interpretation()
     ax = interp.plot_regression('age', color='green')
     have = df.age.notna()
     points = ax.collections[0].get_offsets().data
-    np.testing.assert_allclose(points, np.stack([df.age[have].astype(float), decoded.age[have].astype(float)], 1), rtol=1e-4)
+    expected = np.stack([o.age[have].astype(float) for o in (df, decoded)], 1)
+    np.testing.assert_allclose(points, expected, rtol=1e-4)
     mae,r2 = skm.mean_absolute_error(*points.T),skm.r2_score(*points.T)
     assert ax.get_title() == f'mean absolute error {mae:.3g}, R2 {r2:.3f}'
     plt.close('all')
 
 def test_confusion_plot_writes_every_count():
-    interp, *_ = interpretation()
+    interp,*_ = interpretation()
     interp.plot_confusion_matrix(target='stage', title='growth')
     ax = plt.gcf().axes[0]
     assert [int(o.get_text()) for o in ax.texts] == interp.confusion_matrix('stage').ravel().tolist()
@@ -153,18 +156,30 @@ def test_confusion_plot_writes_every_count():
     interp.plot_confusion_matrix('disease', normalize=True)
     plt.close('all')
 
+@pytest.mark.parametrize('call', [
+    'confusion_matrix', 'plot_confusion_matrix', 'most_confused', 'classification_report', 'plot_regression'])
+def test_a_target_that_is_not_there(call):
+    with pytest.raises(KeyError) as e: getattr(interpretation()[0], call)('dissease')
+    assert "no target 'dissease': choose one of ['disease', 'age', 'stage', 'spots']" in str(e.value)
+
 @pytest.mark.parametrize('ask,error,text', [
-    *[(lambda i, call=call: getattr(i, call)('dissease'), KeyError, "no target 'dissease': choose one of ['disease', 'age', 'stage', 'spots']")
-      for call in ('confusion_matrix', 'plot_confusion_matrix', 'most_confused', 'classification_report', 'plot_regression')],
     (lambda i: i.top_losses(3, target='dissease'), KeyError, "no target 'dissease'"),
     (lambda i: i.plot_top_losses(3, target='dissease'), KeyError, "no target 'dissease'"),
     (lambda i: i.joint_errors(off_by=dict(dissease=1)), KeyError, "no target 'dissease'"),
-    (lambda i: i.joint_errors(off_by=dict(stage=1)), ValueError, 'stage is of the kind ordinal, expected regression: use off_by for numbers only'),
-    (lambda i: i.confusion_matrix('age'), ValueError, 'age is of the kind regression, expected category or ordinal: use plot_regression for numbers'),
-    (lambda i: i.plot_confusion_matrix('spots'), ValueError, 'spots is of the kind multicategory, expected category or ordinal: use plot_regression for numbers, classification_report for several labels'),
+    (lambda i: i.joint_errors(off_by=dict(stage=1)), ValueError,
+     'stage is of the kind ordinal, expected count or regression: use off_by for numbers only'),
+    (lambda i: i.confusion_matrix('age'), ValueError,
+     'age is of the kind regression, expected category or ordinal: use plot_regression for numbers'),
+    (lambda i: i.plot_confusion_matrix('spots'), ValueError,
+     'spots is of the kind multicategory, expected category or ordinal: '
+     'use plot_regression for numbers, classification_report for several labels'),
     (lambda i: i.most_confused('age'), ValueError, 'age is of the kind regression, expected category or ordinal'),
-    (lambda i: i.classification_report('age'), ValueError, 'age is of the kind regression, expected category or ordinal or multicategory: use plot_regression'),
-    (lambda i: i.plot_regression('disease'), ValueError, 'disease is of the kind category, expected regression: use plot_confusion_matrix or classification_report')])
+    (lambda i: i.classification_report('age'), ValueError,
+     'age is of the kind regression, expected category or multicategory or ordinal: use plot_regression'),
+    (lambda i: i.plot_regression('disease'), ValueError,
+     'disease is of the kind category, expected count or regression: '
+     'use plot_confusion_matrix or classification_report'),
+])
 def test_what_is_refused(ask, error, text):
     with pytest.raises(error) as e: ask(interpretation()[0])
     assert text in str(e.value)
@@ -174,7 +189,9 @@ def test_from_learner_takes_a_split_or_a_loader_and_a_table_of_items(tmp_path):
     df = pd.read_csv(path/'labels.csv', dtype=dict(digit=str))[:40]
     df['image'] = [str(path/'images'/o) for o in df.image]
     targets = Targets.from_df(df, ['digit', 'slant', 'lean'])
-    dls = DataBlock((ImageBlock, targets.block), get_x=lambda o: o.image, get_y=targets.get_y, splitter=IndexSplitter(range(30, 40)), item_tfms=Resize(16)).dataloaders(df, bs=8, num_workers=0)
+    block = DataBlock((ImageBlock, targets.block), get_x=lambda o: o.image, get_y=targets.get_y,
+                      splitter=IndexSplitter(range(30, 40)), item_tfms=Resize(16))
+    dls = block.dataloaders(df, bs=8, num_workers=0)
     learn = Learner(dls, nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, dls.c)))
     learn.remove_cb(learn.progress)
     train,valid = (MultiTargetInterpretation.from_learner(learn, ds_idx=i) for i in (0, 1))
@@ -186,7 +203,12 @@ def test_from_learner_takes_a_split_or_a_loader_and_a_table_of_items(tmp_path):
     valid.plot_top_losses(3, target='slant')
     assert [ax.texts[0].get_text() for ax in plt.gcf().axes if ax.texts] == [f'loss {o:.2f}' for o in losses]
     plt.close('all')
-    with pytest.raises(ValueError, match='the loader holds no labels'): MultiTargetInterpretation.from_learner(learn, dl=dls.test_dl(df[30:35]))
-    pictures = DataBlock((ImageBlock, ImageBlock), splitter=IndexSplitter([0]), item_tfms=Resize(16)).dataloaders(df.image.tolist()[:4], bs=2, num_workers=0)
+    with pytest.raises(ValueError, match='the loader holds no labels'):
+        MultiTargetInterpretation.from_learner(learn, dl=dls.test_dl(df[30:35]))
+
+def test_a_learner_without_targets_is_refused(tmp_path):
+    files = sorted((sample_digits(tmp_path)/'images').iterdir())[:4]
+    block = DataBlock((ImageBlock, ImageBlock), splitter=IndexSplitter([0]), item_tfms=Resize(16))
+    learn = Learner(block.dataloaders(files, bs=2, num_workers=0), nn.Flatten(), loss_func=MSELossFlat())
     with pytest.raises(TypeError, match='the learner has no declared targets: use ClassificationInterpretation'):
-        MultiTargetInterpretation.from_learner(Learner(pictures, nn.Flatten(), loss_func=MSELossFlat()))
+        MultiTargetInterpretation.from_learner(learn)

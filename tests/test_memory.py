@@ -1,4 +1,4 @@
-"Predicted memory against real tensors and against PyTorch's own tracker; budgets, bad input, and what a prediction must leave alone"
+"Predicted memory against real tensors and PyTorch's own tracker; budgets, bad input, what a prediction leaves alone"
 import math
 import random
 from functools import partial
@@ -20,13 +20,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from paddy_multi.kinds.kinds import CategoryTarget, RegressionTarget
 from paddy_multi.accumulate.memory import find_accumulation, parse_bytes, plot_memory, predict_memory
 from paddy_multi.accumulate.microbatch import MicroBatch
-from paddy_multi.targets.declare import Targets
-from paddy_multi.accumulate.tracing import CountTensors, StepMemory, step_memory
+from paddy_multi.accumulate.steps import StepMemory, step_memory
+from paddy_multi.accumulate.tracing import CountTensors
+from paddy_multi.kinds.category import CategoryTarget
+from paddy_multi.kinds.regression import RegressionTarget
+from paddy_multi.all import Targets
 
-pytestmark = pytest.mark.filterwarnings('ignore:.*CUDA is not available', 'ignore:.*BatchNorm takes', 'ignore:.*torch.jit.script')
+pytestmark = pytest.mark.filterwarnings(
+    'ignore:.*CUDA is not available', 'ignore:.*BatchNorm takes', 'ignore:.*torch.jit.script')
 adamw = partial(OptimWrapper, opt=torch.optim.AdamW)
 
 
@@ -36,7 +39,8 @@ def loaders(size, bs, label=torch.tensor(0)):
 
 
 def timm_learner(arch, size, bs, opt=Adam, **kwargs):
-    return Learner(loaders(size, bs), timm.create_model(arch, num_classes=10), loss_func=CrossEntropyLossFlat(), opt_func=opt, **kwargs)
+    model = timm.create_model(arch, num_classes=10)
+    return Learner(loaders(size, bs), model, loss_func=CrossEntropyLossFlat(), opt_func=opt, **kwargs)
 
 
 def counted(learn, accum, whole_head=False):
@@ -50,7 +54,8 @@ def counted(learn, accum, whole_head=False):
     learn.dls = DataLoaders([batch], [])
     with CountTensors() as count, learn.no_bar(), learn.no_logging():
         opt = learn.opt.opt if hasattr(learn.opt, 'opt') else learn.opt
-        count.add([*learn.model.parameters(), *learn.model.buffers(), *[p.grad for p in learn.model.parameters() if p.grad is not None], *batch])
+        count.add([*learn.model.parameters(), *learn.model.buffers(), *batch])
+        count.add([p.grad for p in learn.model.parameters() if p.grad is not None])
         count.add([o for s in opt.state.values() for o in s.values()])
         learn.fit(1, cbs=MicroBatch(math.ceil(len(batch[0])/accum), whole_head) if accum > 1 else None)
     return count.peak
@@ -61,7 +66,7 @@ def compare(make, accums, tol=.01):
     for a in accums: assert float(predicted[a]) == pytest.approx(counted(make(), a), rel=tol), f'accum {a}'
 
 
-# --- against real tensors -----------------------------------------------------------------------------------------------
+# --- against real tensors -------------------------------------------------------------------------------------------
 class Small(nn.Module):
     "Branches, an in-place operation, a tied weight and a buffer"
     def __init__(self):
@@ -102,13 +107,15 @@ def test_pytorchs_own_tracker_counts_the_same():
         tracker.track_external(model, opt, x, y)
         F.cross_entropy(model(x), y).backward()
     peak = sum(v for k, v in tracker.get_tracker_snapshot('peak')[torch.device('cpu')].items() if k != 'Total')
-    found = predict_memory(timm_learner('resnet18', 64, 16, partial(OptimWrapper, opt=torch.optim.SGD)), [1], device='cpu')
+    sgd = partial(OptimWrapper, opt=torch.optim.SGD)
+    found = predict_memory(timm_learner('resnet18', 64, 16, sgd), [1], device='cpu')
     assert float(found.total[1]) == pytest.approx(peak, rel=.02)
 
 
 def test_frozen_and_unfrozen():
     def make():
-        learn = vision_learner(loaders(64, 8), 'resnet18', pretrained=False, normalize=False, n_out=10, loss_func=CrossEntropyLossFlat())
+        learn = vision_learner(loaders(64, 8), 'resnet18', pretrained=False, normalize=False, n_out=10,
+                               loss_func=CrossEntropyLossFlat())
         learn.freeze()
         return learn
     whole, frozen = (predict_memory(make(), [1, 2], device='cpu', frozen=f).total for f in (False, True))
@@ -124,22 +131,24 @@ def test_mixed_precision_takes_less_on_a_gpu_and_is_nothing_on_a_cpu():
 
 
 def test_several_targets_take_what_their_outputs_take():
-    t = Targets(kind=CategoryTarget(), size=RegressionTarget()).fit([dict(kind='abc'[i % 3], size=float(i)) for i in range(6)])
-    rows = loaders(32, 8, torch.zeros(t.n_cols))
-    many = predict_memory(Learner(rows, nn.Sequential(Small(), nn.Linear(32, t.n_out)), loss_func=t.loss()), [1, 2])
-    labels = loaders(32, 8, torch.zeros(t.n_out))
-    one = predict_memory(Learner(labels, nn.Sequential(Small(), nn.Linear(32, t.n_out)), loss_func=BCEWithLogitsLossFlat()), [1, 2])
+    rows = [dict(kind='abc'[i % 3], size=float(i)) for i in range(6)]
+    t = Targets(kind=CategoryTarget(), size=RegressionTarget()).fit(rows)
+    def predicted(n_labels, loss):
+        model = nn.Sequential(Small(), nn.Linear(32, t.n_out))
+        return predict_memory(Learner(loaders(32, 8, torch.zeros(n_labels)), model, loss_func=loss), [1, 2])
+    many, one = predicted(t.n_cols, t.loss()), predicted(t.n_out, BCEWithLogitsLossFlat())
     assert np.allclose(many.total, one.total, rtol=.01)
 
 
 def test_a_loss_that_cannot_be_traced_has_a_stand_in_and_a_warning():
     def make(loss): return Learner(loaders(32, 8), nn.Sequential(Small(), nn.Linear(32, 4)), loss_func=loss)
-    with pytest.warns(UserWarning, match='DiceLoss cannot be run without real tensors .*: a log-softmax of the output is counted in its place'):
+    said = 'DiceLoss cannot be run without real tensors .*: a log-softmax of the output is counted in its place'
+    with pytest.warns(UserWarning, match=said):
         found = predict_memory(make(DiceLoss()), [1, 2])
     assert np.allclose(found.total, predict_memory(make(CrossEntropyLossFlat()), [1, 2]).total, rtol=.01)
 
 
-# --- what a row means -----------------------------------------------------------------------------------------------------
+# --- what a row means -----------------------------------------------------------------------------------------------
 def test_categories_add_up_and_follow_the_batch():
     memory = predict_memory(timm_learner('resnet18', 64, 48, adamw), (1, 2, 4, 48))
     assert (memory.drop(columns=['items', 'total']).sum(axis=1) == memory.total).all() and (memory >= 0).all(axis=None)
@@ -148,16 +157,20 @@ def test_categories_add_up_and_follow_the_batch():
     assert memory.activations[2] == pytest.approx(memory.activations[1]/2, rel=.02)
 
 
+def step(lines, state=0, update=0, item=0):
+    return StepMemory(n=64, parameters=1000, gradients=500, state=state, update=update, item=item, output=0,
+                      lines=lines, first=lines, forward=(0, 1), keeps_gradients=True)
+
+
 def test_the_closed_form_is_the_highest_line():
-    lines = np.array([0., 100, 10]), np.array([1., 0, 8])
-    m = StepMemory(n=64, parameters=1000, gradients=500, state=0, update=0, item=2, output=0, lines=lines, first=lines, forward=(0, 1), keeps_gradients=True)
+    m = step((np.array([0., 100, 10]), np.array([1., 0, 8])), item=2)
     assert [m.at(a)['total'] for a in (1, 8, 64)] == [1000+500+128+o for o in (522, 100, 100)]
 
 
 def test_the_update_is_a_floor():
-    lines = np.array([0.]), np.array([1.])
-    m = StepMemory(n=64, parameters=1000, gradients=500, state=700, update=300, item=0, output=0, lines=lines, first=lines, forward=(0, 1), keeps_gradients=True)
-    assert [m.at(a)['total'] for a in (1, 2, 64)] == [2500]*3 and m.at(1)['temporaries'] == 300 and m.at(1)['activations'] == 0
+    m = step((np.array([0.]), np.array([1.])), state=700, update=300)
+    assert [m.at(a)['total'] for a in (1, 2, 64)] == [2500]*3
+    assert m.at(1)['temporaries'] == 300 and m.at(1)['activations'] == 0
 
 
 def test_a_prediction_leaves_the_learner_alone():
@@ -172,22 +185,26 @@ def test_a_prediction_leaves_the_learner_alone():
     opt, names = learn.opt, set(vars(learn))
     predict_memory(learn)
     assert (random.random(), np.random.rand(), float(torch.rand(()))) == drawn
-    assert flags == [p.requires_grad for p in learn.model.parameters()] and modes == [m.training for m in learn.model.modules()]
+    assert flags == [p.requires_grad for p in learn.model.parameters()]
+    assert modes == [m.training for m in learn.model.modules()]
     assert learn.opt is opt and set(vars(learn)) - names <= {'xb', 'yb'} and learn.xb == (None,)
     assert all(torch.equal(before[k], v) and type(v) is torch.Tensor for k, v in learn.model.state_dict().items())
     assert all(p.grad is None for p in learn.model.parameters())
 
 
-# --- budgets -----------------------------------------------------------------------------------------------------------------
-@given(n=st.integers(1, 10**6), unit=st.sampled_from(['B', 'kB', 'MB', 'GB', 'TB', 'KiB', 'MiB', 'GiB', 'TiB']), space=st.sampled_from(['', ' ']))
+# --- budgets --------------------------------------------------------------------------------------------------------
+@given(n=st.integers(1, 10**6), space=st.sampled_from(['', ' ']),
+       unit=st.sampled_from(['B', 'kB', 'MB', 'GB', 'TB', 'KiB', 'MiB', 'GiB', 'TiB']))
 def test_sizes(n, unit, space):
     power = 'bkmgt'.index(unit[0].lower())
     assert parse_bytes(f'{n}{space}{unit}') == n*(1024 if 'i' in unit else 1000)**power
 
 
-@pytest.mark.parametrize('size', ['16', 'GB', 'sixteen GB', '-3GB', '1,6GB', '16XB', '', None, 0, -5, True, '0GB', math.nan, math.inf, [], '1e3e3GB'])
+@pytest.mark.parametrize('size', ['16', 'GB', 'sixteen GB', '-3GB', '1,6GB', '16XB', '', '0GB', '1e3e3GB',
+                                  None, 0, -5, True, math.nan, math.inf, []])
 def test_sizes_that_cannot_be_read(size):
-    with pytest.raises(ValueError, match="expected a size such as '16GB', '15.5GiB' or bytes as a number, at least 1, found"): parse_bytes(size)
+    said = "expected a size such as '16GB', '15.5GiB' or bytes as a number, at least 1, found"
+    with pytest.raises(ValueError, match=said): parse_bytes(size)
 
 
 @pytest.mark.parametrize('size, n', [(np.int64(16*10**9), 16*10**9), (np.float32(2), 2), (2.5e9, 2_500_000_000)])
@@ -197,12 +214,14 @@ def test_numbers_of_any_type(size, n): assert parse_bytes(size) == n
 def test_nothing_may_be_held_in_reserve():
     learn = Learner(loaders(32, 30), Small(), loss_func=F.cross_entropy)
     assert {find_accumulation(learn, '1GB', reserve=o).reserve for o in (0, '0GB', '0 MiB')} == {0}
-    with pytest.raises(ValueError, match='bytes as a number, at least 0, found -1'): find_accumulation(learn, '1GB', reserve=-1)
+    with pytest.raises(ValueError, match='bytes as a number, at least 0, found -1'):
+        find_accumulation(learn, '1GB', reserve=-1)
 
 
 def test_nothing_to_train():
     learn = Learner(loaders(32, 8), Small().requires_grad_(False), loss_func=F.cross_entropy)
-    with pytest.raises(ValueError, match='no parameter of Small is trained: unfreeze it'): predict_memory(learn, frozen=True)
+    with pytest.raises(ValueError, match='no parameter of Small is trained: unfreeze it'):
+        predict_memory(learn, frozen=True)
     assert predict_memory(learn, [1]).gradients[1] > 0
 
 
@@ -224,23 +243,27 @@ def test_when_nothing_fits_other_ways_are_named():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('arch, size', [('convnext_large', (224, 224)), ('convnext_large', (320, 240)), ('vit_large_patch16_224', (224, 224)),
-                                        ('swinv2_large_window12_192', (192, 192)), ('swin_large_patch4_window7_224', (224, 224))])
+@pytest.mark.parametrize('arch, size', [
+    ('convnext_large', (224, 224)), ('convnext_large', (320, 240)), ('vit_large_patch16_224', (224, 224)),
+    ('swinv2_large_window12_192', (192, 192)), ('swin_large_patch4_window7_224', (224, 224))])
 def test_the_large_models_of_part_3_need_two_chunks_on_16_gb(arch, size):
     dl = DataLoader([(torch.zeros(3, *size), torch.tensor(0))], bs=1, num_workers=0)
     dl.bs = 64
-    learn = Learner(DataLoaders(dl, dl), timm.create_model(arch, num_classes=10), loss_func=CrossEntropyLossFlat(), cbs=MixedPrecision())
+    model = timm.create_model(arch, num_classes=10)
+    learn = Learner(DataLoaders(dl, dl), model, loss_func=CrossEntropyLossFlat(), cbs=MixedPrecision())
     assert find_accumulation(learn, '16GB').accum == 2
 
 
-# --- bad input ----------------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('accum', [0, -1, 1.5, '2', True, None])
 def test_numbers_of_chunks(accum):
-    with pytest.raises(ValueError, match='accums are numbers of chunks, positive ints; found'): predict_memory(timm_learner('resnet18', 64, 4), [accum])
+    with pytest.raises(ValueError, match='accums are numbers of chunks, positive ints; found'):
+        predict_memory(timm_learner('resnet18', 64, 4), [accum])
 
 
 def test_devices():
-    with pytest.raises(ValueError, match="expected device 'cuda' or 'cpu', found 'mps'"): step_memory(timm_learner('resnet18', 64, 4), 'mps')
+    with pytest.raises(ValueError, match="expected device 'cuda' or 'cpu', found 'mps'"):
+        step_memory(timm_learner('resnet18', 64, 4), 'mps')
 
 
 class ReadsValues(nn.Module):
@@ -264,13 +287,16 @@ class OtherOperations(nn.Module):
 
 @pytest.mark.parametrize('model', [ReadsValues, OtherOperations])
 def test_a_model_that_cannot_be_traced(model):
-    with pytest.raises(RuntimeError, match=rf'{model.__name__} cannot be run without real tensors \(.*\): measure it instead, with benchmark_accumulation\(make_learner\)'):
+    said = (rf'{model.__name__} cannot be run without real tensors \(.*\): '
+            r'measure it instead, with benchmark_accumulation\(make_learner\)')
+    with pytest.raises(RuntimeError, match=said):
         predict_memory(Learner(loaders(8, 4), model(), loss_func=F.cross_entropy))
 
 
 def test_the_picture_shows_every_category_and_the_budget():
     ax = plot_memory(predict_memory(timm_learner('resnet18', 64, 4), (1, 2)), '1GB')
-    assert [o.get_text() for o in ax.get_legend().get_texts()] == ['budget 1GB', 'parameters', 'gradients', 'optimizer', 'inputs', 'activations', 'temporaries']
+    categories = ['parameters', 'gradients', 'optimizer', 'inputs', 'activations', 'temporaries']
+    assert [o.get_text() for o in ax.get_legend().get_texts()] == ['budget 1GB', *categories]
     assert isinstance(predict_memory(timm_learner('resnet18', 64, 4), (1,)), pd.DataFrame)
 
 

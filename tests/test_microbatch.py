@@ -1,4 +1,4 @@
-"MicroBatch against plain PyTorch loops over whole batches, case by case; what is refused; what an interruption leaves behind"
+"MicroBatch against plain PyTorch loops over whole batches, case by case; what is refused; what interruptions leave"
 import math
 import warnings
 from copy import deepcopy
@@ -24,11 +24,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from paddy_multi.kinds.kinds import CategoryTarget, MultiCategoryTarget, RegressionTarget
-from paddy_multi.targets.loss import learn_weights
 from paddy_multi.accumulate.microbatch import MicroBatch
+from paddy_multi.kinds.category import CategoryTarget
+from paddy_multi.kinds.multicategory import MultiCategoryTarget
+from paddy_multi.kinds.regression import RegressionTarget
+from paddy_multi.all import Targets
+from paddy_multi.targets.loss import learn_weights
 from paddy_multi.targets.slices import combined_loss
-from paddy_multi.targets.declare import Targets
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*CUDA is not available', 'ignore:Converting a tensor')
 D, C, LR = 12, 5, .1
@@ -63,7 +65,8 @@ class Float32Loss(Callback):
     def after_loss(self): self.learn.loss = self.learn.loss.float()
 
 
-def learner(*parts, bs=64, model=None, loss=F.cross_entropy, opt=SGD, cbs=(), drop_last=False, n_inp=1, lr=LR, **kwargs):
+def learner(*parts, bs=64, model=None, loss=F.cross_entropy, opt=SGD, cbs=(), drop_last=False, n_inp=1, lr=LR,
+            **kwargs):
     dls = DataLoaders(DataLoader(list(zip(*parts)), bs=bs, num_workers=0, drop_last=drop_last), [])
     dls.n_inp = n_inp
     return Learner(dls, model or mlp(), loss_func=loss, opt_func=opt, lr=lr, cbs=[Float32Loss()]+L(cbs), **kwargs)
@@ -74,7 +77,13 @@ def quiet(learn, fit=lambda o: o.fit(1)):
     return learn
 
 
-def loop(parts, model, bs=64, epochs=1, opt=None, loss=F.cross_entropy, before_step=lambda model, opt, i, n: None, drop_last=False):
+def chunked(bs, *parts, whole_head=False, **kwargs):
+    "The model of a fit with `MicroBatch`"
+    return quiet(learner(*parts, cbs=MicroBatch(bs, whole_head), **kwargs)).model
+
+
+def loop(parts, model, bs=64, epochs=1, opt=None, loss=F.cross_entropy, before_step=lambda model, opt, i, n: None,
+         drop_last=False):
     "Plain PyTorch over whole batches"
     opt = opt or torch.optim.SGD(model.parameters(), LR)
     starts = [i for i in range(0, len(parts[0]), bs) if not drop_last or i+bs <= len(parts[0])]
@@ -88,7 +97,7 @@ def loop(parts, model, bs=64, epochs=1, opt=None, loss=F.cross_entropy, before_s
     return model
 
 
-# --- the table of exactness: name, tolerance, what fastai trains with MicroBatch, what plain PyTorch trains ------------
+# --- the table of exactness: name, tolerance, what fastai trains with MicroBatch, what plain PyTorch trains ---------
 CASES = {}
 
 
@@ -108,7 +117,9 @@ def same(n=200, epochs=1, fits=1, y=None, cbs=(), loss=F.cross_entropy, by_hand=
         def fit(learn):
             for _ in range(fits): learn.fit(epochs)
         return quiet(learner(*parts, cbs=[MicroBatch(bs), *cbs], loss=loss, **kwargs), fit).model
-    def plain(): return loop(parts, mlp(), epochs=epochs*fits, **{'loss': loss, **by_hand, 'opt': by_hand['opt']() if 'opt' in by_hand else None})
+    def plain():
+        opt = by_hand['opt']() if 'opt' in by_hand else None
+        return loop(parts, mlp(), epochs=epochs*fits, **{'loss': loss, **by_hand, 'opt': opt})
     return ours, plain, mlp()
 
 
@@ -152,7 +163,9 @@ def with_params(make):
 def own_optimizer(n, make, epochs=1, before_step=lambda *args: None, loss=F.cross_entropy, cbs=(), fit=None, **kwargs):
     "A case whose optimizer has to be made from the model"
     x, y = data(n)
-    def ours(bs): return quiet(learner(x, y, cbs=[MicroBatch(bs), *cbs], loss=loss, **kwargs), fit or (lambda o: o.fit(epochs))).model
+    def ours(bs):
+        learn = learner(x, y, cbs=[MicroBatch(bs), *cbs], loss=loss, **kwargs)
+        return quiet(learn, fit or (lambda o: o.fit(epochs))).model
     def plain():
         model = mlp()
         return loop((x, y), model, epochs=epochs, opt=make(model), before_step=before_step, loss=loss)
@@ -161,7 +174,8 @@ def own_optimizer(n, make, epochs=1, before_step=lambda *args: None, loss=F.cros
 
 @case('SGD with momentum')
 def _():
-    return own_optimizer(200, lambda m: torch.optim.SGD(m.parameters(), LR, momentum=.9), epochs=2, opt=lambda p, **kw: SGD(p, mom=.9, **kw))
+    return own_optimizer(200, lambda m: torch.optim.SGD(m.parameters(), LR, momentum=.9), epochs=2,
+                         opt=lambda p, **kw: SGD(p, mom=.9, **kw))
 
 
 @case('weight decay')
@@ -174,8 +188,8 @@ def _():
 
 @case('Adam')
 def _():
-    return own_optimizer(200, lambda m: torch.optim.AdamW(m.parameters(), 1e-2, betas=(.9, .99), eps=1e-5, weight_decay=.01),
-                         epochs=2, opt=Adam, lr=1e-2, wd=.01, wd_bn_bias=True)
+    def adamw(m): return torch.optim.AdamW(m.parameters(), 1e-2, betas=(.9, .99), eps=1e-5, weight_decay=.01)
+    return own_optimizer(200, adamw, epochs=2, opt=Adam, lr=1e-2, wd=.01, wd_bn_bias=True)
 
 
 @case('gradient clipping')
@@ -188,8 +202,9 @@ def _():
 def _():
     lr, mom = combined_cos(.25, 1e-2/25, 1e-2, 1e-2/1e5), combined_cos(.25, .95, .85, .95)
     def schedule(model, opt, k, n): opt.param_groups[0].update(lr=lr(k/n), betas=(mom(k/n), .99))
-    return own_optimizer(200, lambda m: torch.optim.AdamW(m.parameters(), 1e-2, eps=1e-5, weight_decay=0), epochs=3, before_step=schedule,
-                         opt=Adam, fit=lambda o: o.fit_one_cycle(3, 1e-2, wd=0.))
+    def adamw(m): return torch.optim.AdamW(m.parameters(), 1e-2, eps=1e-5, weight_decay=0)
+    return own_optimizer(200, adamw, epochs=3, before_step=schedule, opt=Adam,
+                         fit=lambda o: o.fit_one_cycle(3, 1e-2, wd=0.))
 
 
 @case('a summed loss')
@@ -222,7 +237,8 @@ def _(): return same(200, loss=nn.CrossEntropyLoss(torch.tensor([1., 5, .1, 2, 9
 def _():
     x, y = data(200)
     parts = x, F.one_hot(y, C).double()
-    return (lambda bs: quiet(learner(*parts, loss=nn.MSELoss(), cbs=MicroBatch(bs))).model), (lambda: loop(parts, mlp(), loss=F.mse_loss)), mlp()
+    def ours(bs): return chunked(bs, *parts, loss=nn.MSELoss())
+    return ours, lambda: loop(parts, mlp(), loss=F.mse_loss), mlp()
 
 
 @case('a hand-written loss over items')
@@ -237,17 +253,25 @@ def _():
     parts = x, gaps(y.clamp(max=2)), x[:, 0].clone()
     loss = combined_loss(kind=(F.cross_entropy, 3), size=(F.mse_loss, 2-1, .5))
     def plain(preds, kind, size): return F.cross_entropy(preds[:, :3], kind) + .5*F.mse_loss(preds[:, 3], size)
-    return (lambda bs: quiet(learner(*parts, model=mlp(4), loss=loss, cbs=MicroBatch(bs))).model), (lambda: loop(parts, mlp(4), loss=plain)), mlp(4)
+    def ours(bs): return chunked(bs, *parts, model=mlp(4), loss=loss)
+    return ours, lambda: loop(parts, mlp(4), loss=plain), mlp(4)
 
 
 def table():
-    "Three kinds of targets of unequal widths, and rows with a third of the labels missing, one target in the first chunks only"
+    "Three kinds of targets of unequal widths, and rows with a third of the labels missing, one in first chunks only"
     rows = [dict(kind='abcd'[i % 4], size=float(i % 7), tags=['r', 's'][:1+i % 2]) for i in range(200)]
     t = Targets(kind=CategoryTarget(), size=RegressionTarget(weight=.5), tags=MultiCategoryTarget()).fit(rows)
     hidden = torch.rand(200, 3, generator=rng(5)) < .33
     hidden[:, 1] |= torch.arange(200) % 64 > 9
-    encoded = [t.encode({k: None if hidden[i, j] else v for j, (k, v) in enumerate(row.items())}) for i, row in enumerate(rows)]
-    return t, torch.stack(encoded).as_subclass(torch.Tensor).double()
+    def with_gaps(i): return {k: None if hidden[i, j] else v for j, (k, v) in enumerate(rows[i].items())}
+    encoded = torch.stack([t.encode(with_gaps(i)) for i in range(200)])
+    return t, encoded.as_subclass(torch.Tensor).double()
+
+
+def one_target(i, p, labels):
+    if i == 0: return F.cross_entropy(p, labels[:, 0].long())
+    if i == 1: return F.mse_loss(p, labels)
+    return F.binary_cross_entropy_with_logits(p, labels)
 
 
 def three_targets(t, log_vars=None):
@@ -258,8 +282,7 @@ def three_targets(t, log_vars=None):
             p, labels = preds[:, target.out], y[:, target.cols]
             have = ~labels.isnan().any(1)
             if not have.any(): continue
-            p, labels = p[have], labels[have]
-            one = F.cross_entropy(p, labels[:, 0].long()) if i == 0 else F.mse_loss(p, labels) if i == 1 else F.binary_cross_entropy_with_logits(p, labels)
+            one = one_target(i, p[have], labels[have])
             if log_vars is not None: one = one*torch.exp(-log_vars()[i])*(.5 if i == 1 else 1)
             total = total + target.weight*one
         return total if log_vars is None else total + (torch.tensor([target.weight for target in t])*log_vars()/2).sum()
@@ -335,27 +358,32 @@ def y_int(loss):
 
 
 @case('MixUp')
-def _(): return mixing(lambda: y_int(nn.CrossEntropyLoss()), lambda p, y: F.cross_entropy(p, y, reduction='none'), data(200)[1])
+def _():
+    def items(p, y): return F.cross_entropy(p, y, reduction='none')
+    return mixing(lambda: y_int(nn.CrossEntropyLoss()), items, data(200)[1])
 
 
 @case('MixUp with class weights and missing labels')
 def _():
     w = torch.tensor([1., 5, .1, 2, 9]).double()
-    return mixing(lambda: y_int(nn.CrossEntropyLoss(w)), lambda p, y: F.cross_entropy(p, y, w, reduction='none'), gaps(data(200)[1]))
+    def items(p, y): return F.cross_entropy(p, y, w, reduction='none')
+    return mixing(lambda: y_int(nn.CrossEntropyLoss(w)), items, gaps(data(200)[1]))
 
 
 @case('MixUp of several targets with missing labels')
 def _():
     t, y = table()
+    def one_each(i, p, labels):
+        if i == 0: return F.cross_entropy(p, labels[:, 0].long(), reduction='none')
+        if i == 1: return ((p-labels)**2).mean(1)
+        return F.binary_cross_entropy_with_logits(p, labels, reduction='none').mean(1)
     def items(preds, y):
         "Items' losses times n over the number of labels, so that their mean is the loss"
         total = 0.
         for i, target in enumerate(t):
             have = ~y[:, target.cols].isnan().any(1)
             if not have.any(): continue
-            p, labels = preds[:, target.out], y[:, target.cols].nan_to_num()
-            one = (F.cross_entropy(p, labels[:, 0].long(), reduction='none') if i == 0 else ((p-labels)**2).mean(1) if i == 1
-                   else F.binary_cross_entropy_with_logits(p, labels, reduction='none').mean(1))
+            one = one_each(i, preds[:, target.out], y[:, target.cols].nan_to_num())
             total = total + target.weight*one*have*len(y)/have.sum()
         return total
     return mixing(t.loss, items, y, t.n_out)
@@ -373,7 +401,9 @@ def _():
         m = model()
         torch.manual_seed(7)
         torch.set_default_dtype(torch.float64)  # fastai's proportions are of the default type
-        try: return quiet(learner(pictures.clone(), y, model=m, loss=y_int(nn.CrossEntropyLoss()), cbs=[double_mix(CutMix, 1.), MicroBatch(bs)])).model
+        try:
+            cbs = [double_mix(CutMix, 1.), MicroBatch(bs)]
+            return quiet(learner(pictures.clone(), y, model=m, loss=y_int(nn.CrossEntropyLoss()), cbs=cbs)).model
         finally: torch.set_default_dtype(torch.float32)
     def plain():
         m = model()
@@ -392,7 +422,8 @@ def _():
             xb[..., y1:y2, x1:x2] = patch
             lam = 1-((x2-x1)*(y2-y1)).double()/144
             preds = m(xb)
-            ((1-lam)*F.cross_entropy(preds, yb[other], reduction='none') + lam*F.cross_entropy(preds, yb, reduction='none')).mean().backward()
+            theirs, own = (F.cross_entropy(preds, t, reduction='none') for t in (yb[other], yb))
+            ((1-lam)*theirs + lam*own).mean().backward()
             opt.step()
             opt.zero_grad()
         return m
@@ -418,14 +449,15 @@ def _():
             super().__init__()
             self.m = m
         def forward(self, x): return self.m(x[:, :D], x[:, D:])
-    return (lambda bs: quiet(learner(x, x.flip(1), y, model=model(), n_inp=2, cbs=MicroBatch(bs))).model), plain, model()
+    return lambda bs: chunked(bs, x, x.flip(1), y, model=model(), n_inp=2), plain, model()
 
 
 @case('what a callback adds to the loss')
 def _():
     x, y = data(200)
     class Ridge(Callback):
-        def after_loss(self): self.learn.loss_grad = self.learn.loss_grad + .01*sum((p**2).sum() for p in self.model.parameters())
+        def after_loss(self):
+            self.learn.loss_grad = self.learn.loss_grad + .01*sum((p**2).sum() for p in self.model.parameters())
     def plain():
         m = mlp()
         return loop((x, y), m, loss=lambda p, t: F.cross_entropy(p, t) + .01*sum((o**2).sum() for o in m.parameters()))
@@ -463,7 +495,8 @@ def _():
 def _():
     def loss(preds, y): return F.cross_entropy(preds, y) + (preds@preds.T).logsumexp(1).mean()
     x, y = data(200)
-    return (lambda bs: quiet(learner(x, y, loss=loss, cbs=MicroBatch(bs, whole_head=True))).model), (lambda: loop((x, y), mlp(), loss=loss)), mlp()
+    def ours(bs): return chunked(bs, x, y, loss=loss, whole_head=True)
+    return ours, lambda: loop((x, y), mlp(), loss=loss), mlp()
 
 
 @pytest.mark.parametrize('name', CASES)
@@ -476,8 +509,10 @@ def test_equal_to_a_plain_loop(name):
 
 def test_running_statistics_of_a_whole_head_are_those_of_whole_batches():
     x, y = pictures()
-    ours, whole = (quiet(learner(x, y, model=headed(0.), cbs=cbs)).model for cbs in ([MicroBatch(16, whole_head=True)], []))
-    for (name, a), b in zip(ours.named_buffers(), whole.buffers()): assert torch.allclose(a.double(), b.double(), atol=1e-12), name
+    ours = chunked(16, x, y, model=headed(0.), whole_head=True)
+    whole = quiet(learner(x, y, model=headed(0.))).model
+    for (name, a), b in zip(ours.named_buffers(), whole.buffers()):
+        assert torch.allclose(a.double(), b.double(), atol=1e-12), name
 
 
 def test_a_frozen_body_runs_once_under_a_whole_head():
@@ -501,19 +536,20 @@ def test_dropout_in_the_body_is_the_same_in_both_runs_of_a_whole_head():
             out = F.dropout(self.lin(x), .5)
             seen.append(out.detach().clone())
             return out
-    quiet(learner(x, y, model=nn.Sequential(Body(), nn.Linear(16, C, dtype=torch.float64)), cbs=MicroBatch(16, whole_head=True)))
+    chunked(16, x, y, model=nn.Sequential(Body(), nn.Linear(16, C, dtype=torch.float64)), whole_head=True)
     assert len(seen) == 8 and all(torch.equal(a, b) for a, b in zip(seen[:4], seen[4:]))
     assert not torch.equal(seen[0], seen[1])
 
 
-# --- what the rest of fastai sees ------------------------------------------------------------------------------------
+# --- what the rest of fastai sees -----------------------------------------------------------------------------------
 def test_updates_schedule_and_recorder_are_those_of_whole_batches():
     x, y = data(200)
     class Updates(Callback):
         def before_fit(self): self.n, self.events = 0, []
         def after_step(self): self.n += 1
         def after_batch(self): self.events.append((self.iter, round(self.pct_train, 9)))
-    ours, whole = (quiet(learner(x, y, opt=Adam, cbs=[Updates(), *cbs]), lambda o: o.fit_one_cycle(2, 1e-2)) for cbs in ([MicroBatch(16)], []))
+    def run(*cbs): return quiet(learner(x, y, opt=Adam, cbs=[Updates(), *cbs]), lambda o: o.fit_one_cycle(2, 1e-2))
+    ours, whole = run(MicroBatch(16)), run()
     assert ours.updates.n == whole.updates.n == 8 and ours.updates.events == whole.updates.events
     assert ours.recorder.lrs == whole.recorder.lrs and dict(ours.recorder.hps) == dict(whole.recorder.hps)
     assert torch.allclose(torch.stack(ours.recorder.losses), torch.stack(whole.recorder.losses), atol=1e-6)
@@ -531,7 +567,8 @@ def test_training_metrics_see_the_whole_batch():
 
 def test_lr_find(tmp_path):
     x, y = data(200)
-    ours, whole = (quiet(learner(x, y, cbs=cbs, path=tmp_path), lambda o: o.lr_find(num_it=30, show_plot=False)) for cbs in ([MicroBatch(16)], []))
+    def run(*cbs): return quiet(learner(x, y, cbs=cbs, path=tmp_path), lambda o: o.lr_find(num_it=30, show_plot=False))
+    ours, whole = run(MicroBatch(16)), run()
     assert ours.recorder.lrs == whole.recorder.lrs and len(ours.recorder.lrs) > 10
     assert torch.allclose(torch.stack(ours.recorder.losses), torch.stack(whole.recorder.losses), rtol=1e-5)
     assert torch.equal(vec(ours.model), vec(mlp()))
@@ -556,9 +593,10 @@ def test_batches_without_targets_are_left_alone():
     assert sizes == [64, 36] and torch.equal(vec(learn.model), vec(mlp()))
 
 
-# --- properties -------------------------------------------------------------------------------------------------------
+# --- properties -----------------------------------------------------------------------------------------------------
 @settings(max_examples=40, deadline=None)
-@given(n=st.integers(1, 40), bs=st.integers(1, 45), batch=st.integers(1, 30), p=st.floats(0, .95), seed=st.integers(0, 999))
+@given(n=st.integers(1, 40), bs=st.integers(1, 45), batch=st.integers(1, 30), p=st.floats(0, .95),
+       seed=st.integers(0, 999))
 def test_any_sizes_and_masks(n, bs, batch, p, seed):
     x, y = data(n, seed)
     y = y.where(torch.rand(n, generator=rng(seed)) >= p, -100)
@@ -580,10 +618,11 @@ def test_any_masks_of_several_targets(bs, p, seed):
     assert float((vec(ours)-vec(expected)).norm()) <= 1e-12*max(moved, 1e-3)
 
 
-# --- what is refused -----------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('bs', [0, -1, 2.5, '16', None, True, [4]])
 def test_chunk_size(bs):
-    with pytest.raises(ValueError, match=r'the number of items that are run at a time, a positive int; found'): MicroBatch(bs)
+    with pytest.raises(ValueError, match='the number of items that are run at a time, a positive int; found'):
+        MicroBatch(bs)
 
 
 class GANTrainer(Callback): "By its name"
@@ -595,13 +634,16 @@ class NonNativeMixedPrecision(Callback): "By its name"
 
 
 @pytest.mark.parametrize('cb, why', [
-    (GradientAccumulation(8), 'it splits the update too'), (ActivationStats(), 'it keeps what one forward pass'), (RNNCallback(), 'it keeps what one'),
-    (RNNRegularizer(), 'it keeps what one'), (ModelResetter(), 'carries its state'), (GANTrainer(), 'two models in turns'), (MicroBatch(4), 'it splits the update too'),
-    (NonNativeMixedPrecision(), 'use to_fp16'), (DistributedTrainer(), 'several processes are not supported yet'), (ParallelTrainer(), 'train on one device'),
+    (GradientAccumulation(8), 'it splits the update too'), (MicroBatch(4), 'it splits the update too'),
+    (ActivationStats(), 'it keeps what one forward pass'), (RNNCallback(), 'it keeps what one'),
+    (RNNRegularizer(), 'it keeps what one'), (ModelResetter(), 'carries its state'),
+    (GANTrainer(), 'two models in turns'), (NonNativeMixedPrecision(), 'use to_fp16'),
+    (DistributedTrainer(), 'several processes are not supported yet'), (ParallelTrainer(), 'train on one device'),
     (BPRCallback(), 'for the whole batch'), (SoftmaxCallback(), 'for the whole batch')],
     ids=lambda o: type(o).__name__)
 def test_refused_by_name(cb, why):
-    with pytest.raises(ValueError, match=f'cannot be combined with {type(cb).__name__}: .*{why}.*Remove one of the two'):
+    said = f'cannot be combined with {type(cb).__name__}: .*{why}.*Remove one of the two'
+    with pytest.raises(ValueError, match=said):
         quiet(learner(*data(64), cbs=[MicroBatch(8), cb]))
 
 
@@ -614,8 +656,9 @@ def test_a_loss_inside_a_combined_loss_is_compared_on_every_batch():
     x, y = data(128)
     size = x[:, 0].clone()
     size[70:80] = math.nan  # the first batch is complete
+    loss = combined_loss(kind=(F.cross_entropy, C), size=(masked_mse, 1))
     with pytest.raises(ValueError, match='CombinedLoss does not add up over chunks'):
-        quiet(learner(x, y, size, model=mlp(C+1), loss=combined_loss(kind=(F.cross_entropy, C), size=(masked_mse, 1)), cbs=MicroBatch(8)))
+        chunked(8, x, y, size, model=mlp(C+1), loss=loss)
 
 
 class Sizes(nn.Sequential):
@@ -630,7 +673,8 @@ class Sizes(nn.Sequential):
 def test_chunks_are_few_even_and_never_larger_than_asked(n, bs):
     model = Sizes(*mlp())
     quiet(learner(*data(n), bs=n, model=model, cbs=MicroBatch(bs)))
-    assert sum(model.seen) == n and max(model.seen) <= bs and max(model.seen) - min(model.seen) <= 1 and len(model.seen) == math.ceil(n/bs)
+    assert sum(model.seen) == n and len(model.seen) == math.ceil(n/bs)
+    assert max(model.seen) <= bs and max(model.seen) - min(model.seen) <= 1
 
 @pytest.mark.filterwarnings('ignore:BatchNorm takes its statistics')
 @pytest.mark.parametrize('bs', [7, 21, 9])
@@ -641,7 +685,8 @@ def test_batchnorm_is_never_left_with_one_item(bs):
 
 
 def test_a_distributed_model_is_refused():
-    with pytest.raises(ValueError, match='a model in DataParallel: several processes are not supported yet, train on one device'):
+    said = 'a model in DataParallel: several processes are not supported yet, train on one device'
+    with pytest.raises(ValueError, match=said):
         quiet(learner(*data(64), model=nn.DataParallel(mlp()), cbs=MicroBatch(8)))
 
 
@@ -649,7 +694,8 @@ def test_parts_of_unequal_length():
     x, y = data(64)
     learn = learner(x, y, cbs=MicroBatch(8))
     learn.dls = DataLoaders([(x, y[:60])], [])
-    with pytest.raises(ValueError, match=r'all parts of a batch must have the same number of items, found \[64, 60\]'): quiet(learn)
+    said = r'all parts of a batch must have the same number of items, found \[64, 60\]'
+    with pytest.raises(ValueError, match=said): quiet(learn)
 
 
 def test_a_part_that_is_no_tensor():
@@ -662,26 +708,30 @@ def test_a_part_that_is_no_tensor():
 def test_a_loss_that_does_not_add_up_is_refused_before_any_update():
     def contrast(preds, y): return (preds@preds.T).logsumexp(1).mean()
     learn = learner(*data(64), loss=contrast, cbs=MicroBatch(16))
-    with pytest.raises(ValueError, match=r'contrast does not add up over chunks: .* from chunks of 16, .* from the whole batch of 64\. Give it .* or run the loss on whole batches'): quiet(learn)
-    assert torch.equal(vec(learn.model), vec(mlp())) and not any(p.grad is not None and p.grad.any() for p in learn.model.parameters())
+    said = (r'contrast does not add up over chunks: .* from chunks of 16, .* from the whole batch of 64\. '
+            'Give it .* or run the loss on whole batches')
+    with pytest.raises(ValueError, match=said): quiet(learn)
+    assert torch.equal(vec(learn.model), vec(mlp()))
+    assert not any(p.grad is not None and p.grad.any() for p in learn.model.parameters())
 
 
 def test_a_mask_of_ones_own_is_refused_when_it_begins_to_bite():
     x, y = data(128)
     y[64:72] = -1
     def masked(preds, y): return F.cross_entropy(preds, y, ignore_index=-1)
-    with pytest.raises(ValueError, match='masked does not add up over chunks'): quiet(learner(x, y, loss=masked, cbs=MicroBatch(16)))
+    with pytest.raises(ValueError, match='masked does not add up over chunks'): chunked(16, x, y, loss=masked)
 
 
 def test_whole_head_needs_parts_and_one_input():
     x, y = data(64)
-    with pytest.raises(ValueError, match=r'whole_head needs a model nn.Sequential\(body, head\), as vision_learner makes it, found Linear'):
-        quiet(learner(x, y, model=nn.Linear(D, C, dtype=torch.float64), cbs=MicroBatch(8, whole_head=True)))
-    with pytest.raises(ValueError, match=r'whole_head needs a model with one input, found 2: make them one tensor, or use MicroBatch\(8\)'):
-        quiet(learner(x, x, y, n_inp=2, cbs=MicroBatch(8, whole_head=True)))
+    parts = r'whole_head needs a model nn.Sequential\(body, head\), as vision_learner makes it, found Linear'
+    with pytest.raises(ValueError, match=parts):
+        chunked(8, x, y, model=nn.Linear(D, C, dtype=torch.float64), whole_head=True)
+    inputs = r'whole_head needs a model with one input, found 2: make them one tensor, or use MicroBatch\(8\)'
+    with pytest.raises(ValueError, match=inputs): chunked(8, x, x, y, n_inp=2, whole_head=True)
 
 
-# --- BatchNorm --------------------------------------------------------------------------------------------------------------
+# --- BatchNorm ------------------------------------------------------------------------------------------------------
 def batchnorm_warnings(model, cb, cbs=(), fits=1):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter('always')
@@ -690,7 +740,8 @@ def batchnorm_warnings(model, cb, cbs=(), fits=1):
     return [str(o.message) for o in seen if 'BatchNorm takes' in str(o.message)]
 
 
-def with_bn(n=2): return nn.Sequential(nn.Linear(D, 8), *[nn.BatchNorm1d(8) for _ in range(n)], nn.Linear(8, C)).double()
+def with_bn(n=2):
+    return nn.Sequential(nn.Linear(D, 8), *[nn.BatchNorm1d(8) for _ in range(n)], nn.Linear(8, C)).double()
 
 
 def test_batchnorm_is_named():
@@ -708,18 +759,21 @@ def test_batchnorm_that_uses_no_batch_statistics_is_not():
 
 
 def test_batchnorm_in_a_body_is_named_under_a_whole_head_too():
-    body_only, = batchnorm_warnings(nn.Sequential(with_bn(1)[:2], nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, C))).double(), MicroBatch(16, whole_head=True))
+    model = nn.Sequential(with_bn(1)[:2], nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, C))).double()
+    body_only, = batchnorm_warnings(model, MicroBatch(16, whole_head=True))
     assert 'Layers: 0.1.' in body_only and 'whole_head=True)' not in body_only
 
 
 def test_batchnorm_in_a_body_counts_once_under_a_whole_head():
     model = nn.Sequential(with_bn(1)[:2], nn.Linear(8, C)).double()
-    with pytest.warns(UserWarning, match='BatchNorm'): quiet(learner(*data(64), model=model, cbs=MicroBatch(16, whole_head=True)))
+    with pytest.warns(UserWarning, match='BatchNorm'): chunked(16, *data(64), model=model, whole_head=True)
     assert int(model[0][1].num_batches_tracked) == 4
 
 
-# --- interruptions ------------------------------------------------------------------------------------------------------------
-EVENTS = ['before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step', 'after_step', 'after_batch']
+# --- interruptions --------------------------------------------------------------------------------------------------
+EVENTS = ['before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step', 'after_step',
+          'after_batch']
+ERRORS = KeyboardInterrupt(), RuntimeError('broken'), CancelFitException(), CancelBatchException()
 
 
 class Raise(Callback):
@@ -733,7 +787,7 @@ class Raise(Callback):
 
 
 @pytest.mark.parametrize('whole_head', [False, True])
-@pytest.mark.parametrize('error_', [KeyboardInterrupt(), RuntimeError('broken'), CancelFitException(), CancelBatchException()], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize('error_', ERRORS, ids=lambda o: type(o).__name__)
 @pytest.mark.parametrize('event', EVENTS)
 def test_an_interruption_leaves_nothing(event, error_, whole_head):
     x, y = data(256)
@@ -764,7 +818,7 @@ def test_an_error_of_the_model_stays_its_own():
     assert e.value.args == ()
 
 
-# --- out of memory --------------------------------------------------------------------------------------------------------------
+# --- out of memory --------------------------------------------------------------------------------------------------
 class Card(nn.Sequential):
     "A card that holds `room` items, and uses random numbers and a buffer before it finds out"
     room = 10
@@ -785,7 +839,8 @@ def card(room=10, error=torch.OutOfMemoryError):
     return m
 
 
-@pytest.mark.parametrize('begin, room, settled', [(64, 10, 8), (64, 63, 32), (48, 11, 12), (1000, 10, 8), (64, 1, 1), (7, 6, 4)])
+@pytest.mark.parametrize('begin, room, settled', [
+    (64, 10, 8), (64, 63, 32), (48, 11, 12), (1000, 10, 8), (64, 1, 1), (7, 6, 4)])
 def test_a_run_that_halves_equals_one_that_began_there(begin, room, settled):
     x, y = data(200)
     def run(bs, auto):
@@ -796,24 +851,28 @@ def test_a_run_that_halves_equals_one_that_began_there(begin, room, settled):
             quiet(learner(x, y, model=model, cbs=cb), lambda o: o.fit(2))
         return model, cb.bs, [str(o.message) for o in seen if 'ran out' in str(o.message)]
     (ours, bs, said), (there, *_) = run(begin, True), run(settled, False)
-    assert bs == settled and said == [f'MicroBatch ran out of memory with {begin} items at a time and goes on with {settled}']
+    assert bs == settled
+    assert said == [f'MicroBatch ran out of memory with {begin} items at a time and goes on with {settled}']
     assert torch.equal(vec(ours), vec(there)) and ours.calls == there.calls
 
 
 def test_memory_errors_of_a_cpu_count_too():
     def cpu_error(_): return RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
     cb = MicroBatch(64, auto=True)
-    with pytest.warns(UserWarning, match='goes on with 8'): quiet(learner(*data(64), model=card(error=cpu_error), cbs=cb))
+    with pytest.warns(UserWarning, match='goes on with 8'):
+        quiet(learner(*data(64), model=card(error=cpu_error), cbs=cb))
     assert cb.bs == 8
 
 
 def test_when_even_one_item_does_not_fit_the_error_comes_through():
-    with pytest.raises(torch.OutOfMemoryError): quiet(learner(*data(64), model=card(0), cbs=MicroBatch(64, auto=True)))
-    with pytest.raises(torch.OutOfMemoryError): quiet(learner(*data(64), model=card(), cbs=MicroBatch(64)))
-    with pytest.raises(RuntimeError, match='another'): quiet(learner(*data(64), model=card(error=lambda _: RuntimeError('another')), cbs=MicroBatch(64, auto=True)))
+    def run(model, cb): return quiet(learner(*data(64), model=model, cbs=cb))
+    with pytest.raises(torch.OutOfMemoryError): run(card(0), MicroBatch(64, auto=True))
+    with pytest.raises(torch.OutOfMemoryError): run(card(), MicroBatch(64))
+    another = card(error=lambda _: RuntimeError('another'))
+    with pytest.raises(RuntimeError, match='another'): run(another, MicroBatch(64, auto=True))
 
 
-# --- mixed precision --------------------------------------------------------------------------------------------------------------
+# --- mixed precision ------------------------------------------------------------------------------------------------
 class BF16(MixedPrecision):
     "fastai's mixed precision, on a CPU, with a count of how often autocast is on"
     def before_fit(self):
@@ -848,12 +907,14 @@ def test_bfloat16_is_as_close_as_two_runs_of_whole_batches(cb):
 
 
 def test_autocast_is_on_in_every_chunk_and_left_after_an_error():
-    learn = learner(*[o.float() if o.is_floating_point() else o for o in data(64)], model=mlp().float(), cbs=[BF16(amp_mode='bf16'), MicroBatch(16)])
+    x, y = data(64)
+    learn = learner(x.float(), y, model=mlp().float(), cbs=[BF16(amp_mode='bf16'), MicroBatch(16)])
     on = []
     learn.model.register_forward_hook(lambda *args: on.append(torch.is_autocast_enabled('cpu')))
     quiet(learn)
     assert on == [True]*4 and not torch.is_autocast_enabled('cpu')
-    with pytest.raises(KeyboardInterrupt): quiet(learn, lambda o: o.fit(1, cbs=Raise('after_pred', KeyboardInterrupt())))
+    with pytest.raises(KeyboardInterrupt):
+        quiet(learn, lambda o: o.fit(1, cbs=Raise('after_pred', KeyboardInterrupt())))
     assert not torch.is_autocast_enabled('cpu')
 
 
@@ -897,7 +958,10 @@ def test_cuda_fp16_is_as_close_as_two_runs_of_whole_batches(cb):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_a_full_gpu_is_met_by_halving():
     class Hungry(nn.Sequential):
-        def forward(self, x): return super().forward(x) + 0*torch.empty(len(x)*torch.cuda.mem_get_info()[1]//40, dtype=torch.uint8, device='cuda').sum()
+        "Takes a fortieth of the card for every item"
+        def forward(self, x):
+            total = torch.cuda.mem_get_info()[1]
+            return super().forward(x) + 0*torch.empty(len(x)*total//40, dtype=torch.uint8, device='cuda').sum()
     x, y = data(64)
     learn = learner(x.float(), y, model=Hungry(*mlp().float()).cuda(), cbs=(cb := MicroBatch(64, auto=True)))
     learn.dls.device = torch.device('cuda')

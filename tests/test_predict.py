@@ -3,14 +3,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fastai.vision.all import ColReader, DataBlock, ImageBlock, IndexSplitter, Learner, MSELossFlat, PILImageBW, Resize, RandomSplitter, Transform, set_seed
+from fastai.vision.all import (ColReader, DataBlock, ImageBlock, IndexSplitter, Learner, MSELossFlat, PILImageBW,
+                               RandomSplitter, Resize, Transform, set_seed)
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from paddy_multi.data.digits import sample_digits
-from paddy_multi.kinds.kinds import CategoryTarget, MultiCategoryTarget, OrdinalTarget, RegressionTarget
-from paddy_multi.use.predict import ensemble, predict_named
-from paddy_multi.targets.declare import Targets, by_name
+from paddy_multi.all import (CategoryTarget, MultiCategoryTarget, OrdinalTarget, RegressionTarget, Targets, by_name,
+                             ensemble, predict_named, sample_digits)
 
 PARTS = ['loop', 'line']
 
@@ -21,22 +20,27 @@ def path(tmp_path_factory): return sample_digits(tmp_path_factory.mktemp('digits
 @pytest.fixture(scope='module')
 def labels(path):
     df = pd.read_csv(path/'labels.csv')[:60]
-    return df.assign(size=np.where(df.ink > .32, 'L', np.where(df.ink > .28, 'M', 'S')), parts=[[o for o in PARTS if (o == 'loop') == (d in (0, 6, 8, 9))] for d in df.digit])
+    size = np.where(df.ink > .32, 'L', np.where(df.ink > .28, 'M', 'S'))
+    return df.assign(size=size, parts=[['loop'] if digit in (0, 6, 8, 9) else ['line'] for digit in df.digit])
 
 @pytest.fixture(scope='module')
 def files(path, labels): return [path/'images'/o for o in labels.image]
 
 def declare(df, order=('digit', 'lean', 'size', 'parts'), **vocabs):
-    read = {o: by_name(df, 'image', o) for o in order}
-    make = dict(digit=lambda: CategoryTarget(read['digit'], vocab=vocabs.get('digit')), lean=lambda: RegressionTarget(read['lean']),
-                size=lambda: OrdinalTarget(read['size'], vocab=vocabs.get('size', ['S', 'M', 'L'])), parts=lambda: MultiCategoryTarget(read['parts'], vocab=vocabs.get('parts')))
-    return Targets({o: make[o]() for o in order})
+    make = dict(digit=lambda get: CategoryTarget(get, vocab=vocabs.get('digit')),
+                lean=lambda get: RegressionTarget(get),
+                size=lambda get: OrdinalTarget(get, vocab=vocabs.get('size', ['S', 'M', 'L'])),
+                parts=lambda get: MultiCategoryTarget(get, vocab=vocabs.get('parts')))
+    return Targets({o: make[o](by_name(df, 'image', o)) for o in order})
 
-def tiny(n_out): return nn.Sequential(nn.Conv2d(1, 4, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, n_out))
+def tiny(n_out):
+    return nn.Sequential(nn.Conv2d(1, 4, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, n_out))
 
 def learner(files, targets, seed=0, **kwargs):
     "Random weights: nothing here depends on a good model"
-    dls = DataBlock((ImageBlock(PILImageBW), targets.block), get_y=targets.get_y, splitter=RandomSplitter(.3, seed=seed), item_tfms=Resize(16)).dataloaders(files, bs=16, num_workers=0)
+    block = DataBlock((ImageBlock(PILImageBW), targets.block), get_y=targets.get_y,
+                      splitter=RandomSplitter(.3, seed=seed), item_tfms=Resize(16))
+    dls = block.dataloaders(files, bs=16, num_workers=0)
     set_seed(seed)
     learn = Learner(dls, tiny(dls.c), **kwargs)
     learn.remove_cb(learn.progress)
@@ -56,7 +60,7 @@ def broken(tmp_path, files):
 def same(a, b): pd.testing.assert_frame_equal(a, b, rtol=1e-5)
 
 
-# --- files that cannot be read ---------------------------------------------------------------------------------------------
+# --- files that cannot be read ----------------------------------------------------------------
 @pytest.mark.parametrize('num_workers', [0, 2])
 @pytest.mark.parametrize('places', [(0, 1, 2, 3), (0, 4, 5, 12), (9, 10, 11, 12)])
 def test_broken_files_leave_all_others_as_they_are(learn, files, broken, num_workers, places):
@@ -68,9 +72,10 @@ def test_broken_files_leave_all_others_as_they_are(learn, files, broken, num_wor
     assert [i for i, o in enumerate(good) if not o] == list(places)
     same(res[good], predict_named(learn, files[:9]))
     assert res[~good].drop(columns='error').isna().all(axis=None)
-    errors = res.error[~good].tolist()
-    assert [o.split(':')[0] for o in errors] == ['UnidentifiedImageError', errors[1].split(':')[0], 'UnidentifiedImageError', 'FileNotFoundError']
-    assert 'lost.png' in errors[3]
+    text,cut,empty,lost = res.error[~good]
+    assert text.startswith('UnidentifiedImageError:') and empty.startswith('UnidentifiedImageError:')
+    assert ':' in cut   # whichever type Pillow raises
+    assert lost.startswith('FileNotFoundError:') and 'lost.png' in lost
 
 @pytest.mark.parametrize('num_workers', [0, 1])
 def test_when_nothing_can_be_read_the_table_says_why(learn, broken, num_workers):
@@ -103,7 +108,7 @@ def test_stopping_by_hand_is_not_taken_for_a_broken_file(files, labels):
     with pytest.raises(KeyboardInterrupt): predict_named(learn, files[:3])
 
 
-# --- what is asked for -------------------------------------------------------------------------------------------------------
+# --- what is asked for ------------------------------------------------------------------------
 def test_strings_paths_and_pictures_give_the_same(learn, files):
     paths = predict_named(learn, files[:5])
     same(paths, predict_named(learn, [str(o) for o in files[:5]]))
@@ -119,7 +124,8 @@ def test_order_is_kept_whatever_the_batch_size(learn, files, order, bs):
 
 def test_values_have_the_types_of_the_labels(learn, files, broken):
     res = predict_named(learn, [*files[:20], broken[0]])
-    assert all(isinstance(o, (int, np.integer)) for o in res.digit[:20]) and res.digit.iloc[20] is None   # 3, not 3.0
+    assert all(isinstance(o, (int, np.integer)) for o in res.digit[:20])   # 3, not 3.0
+    assert res.digit.iloc[20] is None
     assert all(isinstance(o, list) and {*o} <= {*PARTS} for o in res.parts[:20])
     assert set(res['size'][:20]) <= {'S', 'M', 'L'} and res.lean.dtype == float
     for o in ('digit_prob', 'size_prob'): assert res[o][:20].between(0, 1).all()
@@ -130,12 +136,15 @@ def test_probability_of_a_rank_is_that_of_the_predicted_one(learn, files):
     above = torch.cat([torch.ones(10, 1), acts, torch.zeros(10, 1)], 1)
     probs = above[:,:-1]-above[:,1:]
     np.testing.assert_allclose(probs.sum(1), 1, rtol=1e-5)
-    np.testing.assert_allclose(res.size_prob, [probs[i,['S', 'M', 'L'].index(o)] for i, o in enumerate(res['size'])], rtol=1e-5)
+    expected = [probs[i,['S', 'M', 'L'].index(o)] for i, o in enumerate(res['size'])]
+    np.testing.assert_allclose(res.size_prob, expected, rtol=1e-5)
 
 def test_rows_of_a_table(path, labels, files):
     df = labels.assign(image=[str(o) for o in files])
     targets = Targets.from_df(df, ['digit', 'lean'], kinds=dict(digit='category'))
-    dls = DataBlock((ImageBlock(PILImageBW), targets.block), get_x=ColReader('image'), get_y=targets.get_y, splitter=IndexSplitter(range(10)), item_tfms=Resize(16)).dataloaders(df, bs=8, num_workers=0)
+    block = DataBlock((ImageBlock(PILImageBW), targets.block), get_x=ColReader('image'), get_y=targets.get_y,
+                      splitter=IndexSplitter(range(10)), item_tfms=Resize(16))
+    dls = block.dataloaders(df, bs=8, num_workers=0)
     learn = Learner(dls, tiny(dls.c))
     learn.remove_cb(learn.progress)
     test = pd.DataFrame(dict(image=[files[3], 'lost.png', files[1]]), index=['x', 'y', 'z'])
@@ -153,7 +162,8 @@ def test_a_loss_without_activation_does_not_turn_probabilities_into_logits(files
     same(predict_named(own, files[:5]), predict_named(learn, files[:5]))   # the same weights
 
 @pytest.mark.parametrize('ask,error,text', [
-    (lambda l, f: predict_named(l, 'a.png'), TypeError, "expected a list of files or a DataFrame, found 'a.png': write [file]"),
+    (lambda l, f: predict_named(l, 'a.png'), TypeError,
+     "expected a list of files or a DataFrame, found 'a.png': write [file]"),
     (lambda l, f: predict_named(l, f[0]), TypeError, 'write [file], or get_image_files(folder)'),
     (lambda l, f: predict_named(l, []), ValueError, 'expected at least one file, found none'),
     (lambda l, f: predict_named(l, pd.DataFrame()), ValueError, 'expected at least one file, found none'),
@@ -161,28 +171,35 @@ def test_a_loss_without_activation_does_not_turn_probabilities_into_logits(files
     (lambda l, f: ensemble([l], []), ValueError, 'expected at least one file, found none'),
     (lambda l, f: ensemble([l, l], f, weights=[1]), ValueError, '1 weights for 2 learners: give one each'),
     (lambda l, f: ensemble([l, l], f, weights=[1, -1]), ValueError, 'a weight is a finite number, 0 or more; found -1'),
-    (lambda l, f: ensemble([l, l], f, weights=[1, float('nan')]), ValueError, 'a weight is a finite number, 0 or more; found nan'),
+    (lambda l, f: ensemble([l, l], f, weights=[1, float('nan')]), ValueError,
+     'a weight is a finite number, 0 or more; found nan'),
     (lambda l, f: ensemble([l, l], f, weights=[0, 0]), ValueError, 'the weights of 2 learners are all 0')])
 def test_what_is_refused(learn, files, ask, error, text):
     with pytest.raises(error) as e: ask(learn, files)
     assert text in str(e.value)
 
 def test_learner_without_targets_is_refused(path, files):
-    dls = DataBlock((ImageBlock(PILImageBW), ImageBlock(PILImageBW)), splitter=IndexSplitter([0]), item_tfms=Resize(16)).dataloaders(files[:4], bs=2, num_workers=0)
-    with pytest.raises(TypeError, match='the learner has no declared targets'): predict_named(Learner(dls, tiny(3), loss_func=MSELossFlat()), files[:2])
+    grey = ImageBlock(PILImageBW)
+    block = DataBlock((grey, grey), splitter=IndexSplitter([0]), item_tfms=Resize(16))
+    learn = Learner(block.dataloaders(files[:4], bs=2, num_workers=0), tiny(3), loss_func=MSELossFlat())
+    with pytest.raises(TypeError, match='the learner has no declared targets'): predict_named(learn, files[:2])
 
 def test_a_target_named_as_another_ones_probability_is_refused(files, labels):
     df = labels.assign(digit_prob=labels.lean)
-    with pytest.raises(ValueError, match='digit_prob is what the probability of digit is called in predictions: rename one of the two'):
-        Targets(digit=CategoryTarget(by_name(df, 'image', 'digit')), digit_prob=RegressionTarget(by_name(df, 'image', 'digit_prob')))
+    digit,number = (by_name(df, 'image', o) for o in ('digit', 'digit_prob'))
+    text = 'digit_prob is what the probability of digit is called in predictions: rename one of the two'
+    with pytest.raises(ValueError, match=text):
+        Targets(digit=CategoryTarget(digit), digit_prob=RegressionTarget(number))
 
 
-# --- several learners ----------------------------------------------------------------------------------------------------------
+# --- several learners -------------------------------------------------------------------------
 def test_an_ensemble_of_one_is_that_one(learn, files, broken):
-    same(ensemble([learn, learn], [*files[:5], broken[0]], weights=[2, 5]), predict_named(learn, [*files[:5], broken[0]]))
+    mixed = [*files[:5], broken[0]]
+    same(ensemble([learn, learn], mixed, weights=[2, 5]), predict_named(learn, mixed))
 
 def test_learners_with_other_scales_orders_and_vocabularies(learn, files, labels):
-    other = learner(files, declare(labels, order=('parts', 'size', 'digit', 'lean'), digit=[*range(9, -1, -1)], parts=PARTS), seed=1)
+    turned = declare(labels, order=('parts', 'size', 'digit', 'lean'), digit=[*range(9, -1, -1)], parts=PARTS)
+    other = learner(files, turned, seed=1)
     a,b = learn.dls.targets,other.dls.targets
     assert a['parts'].vocab == b['parts'].vocab[::-1]
     res = ensemble([learn, other], files[:8], weights=[1, 3])
@@ -194,7 +211,8 @@ def test_learners_with_other_scales_orders_and_vocabularies(learn, files, labels
     leans = [part(t, p, 'lean')[:,0].double()*t['lean'].std + t['lean'].mean for t, p in ((a, pa), (b, pb))]
     assert a['lean'].mean != b['lean'].mean
     np.testing.assert_allclose(res.lean, .25*leans[0] + .75*leans[1], rtol=1e-4)
-    on = {o: .25*part(a, pa, 'parts')[:,a['parts'].vocab.index(o)] + .75*part(b, pb, 'parts')[:,b['parts'].vocab.index(o)] for o in PARTS}
+    def prob(table, acts, label): return part(table, acts, 'parts')[:,table['parts'].vocab.index(label)]
+    on = {o: .25*prob(a, pa, o) + .75*prob(b, pb, o) for o in PARTS}
     assert [sorted(o) for o in res.parts] == [sorted(o for o in PARTS if on[o][i] > .5) for i in range(8)]
     above = .25*part(a, pa, 'size') + .75*part(b, pb, 'size')
     assert res['size'].tolist() == [['S', 'M', 'L'][i] for i in (above > .5).sum(1)]
@@ -211,8 +229,10 @@ def test_a_file_that_one_learner_cannot_read_is_an_error_of_all(learn, files, la
     assert ensemble([learn, picky], files[:6]).error.notna().tolist() == expected
 
 @pytest.mark.parametrize('change,text', [
-    (dict(order=('digit', 'lean')), "learner 1 has the targets ['digit', 'lean'], the first has ['digit', 'lean', 'size', 'parts']"),
-    (dict(digit=[*range(11)]), 'digit: learner 1 knows 0, 1, 10, 2, 3 and 6 more, the first 0, 1, 2, 3, 4 and 5 more: give both the same vocab'),
+    (dict(order=('digit', 'lean')),
+     "learner 1 has the targets ['digit', 'lean'], the first has ['digit', 'lean', 'size', 'parts']"),
+    (dict(digit=[*range(11)]),
+     'digit: learner 1 knows 0, 1, 10, 2, 3 and 6 more, the first 0, 1, 2, 3, 4 and 5 more: give both the same vocab'),
     (dict(size=['L', 'M', 'S']), 'ranks in one order')])
 def test_learners_of_other_targets_are_refused_before_anything_runs(learn, files, labels, change, text):
     with pytest.raises(ValueError) as e: ensemble([learn, learner(files, declare(labels, **change))], ['lost.png'])

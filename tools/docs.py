@@ -1,5 +1,7 @@
-"""Build docs/ from the notebooks: nbdev's processors, then MyST-NB and Sphinx. Outputs are those saved in the notebooks; the API is read
-from the exported modules, so that nothing is executed twice. `--check` says where docs/ and the notebooks differ."""
+"""Build docs/ from the notebooks: nbdev's processors, then MyST-NB and Sphinx.
+
+Outputs are those saved in the notebooks; the API is read from the exported modules, so that nothing is executed twice.
+`--check` says where docs/ and the notebooks differ."""
 import argparse
 import json
 import re
@@ -19,16 +21,21 @@ from nbdev.processors import (add_show_docs, clean_magics, filter_stream_, hide_
 from nbdev.showdoc import show_doc
 from sphinx.cmd.build import main as sphinx
 
-from paddy_multi._nbdev import settings
+from paddy_multi._nbdev import rooms, settings
 
 warnings.filterwarnings('ignore', message='`torch.jit.script`', category=FutureWarning)  # fastai's, at import
 TOOLS = Path(__file__).parent
-PROCESSORS = [add_show_docs, strip_ansi, hide_line, filter_stream_, rm_header_dash, rm_export, clean_magics, hide_, mv_exports]
+PROCESSORS = [add_show_docs, strip_ansi, hide_line, filter_stream_, rm_header_dash, rm_export, clean_magics, hide_,
+              mv_exports]
 TAGS = {('echo', 'false'): 'remove-input', ('output', 'false'): 'remove-output', ('code-fold', ''): 'hide-input'}
 
 
-def packages() -> list:
-    return settings(get_config())['packages'].split()
+def plan() -> dict:
+    "The rooms of each package, lowest floor first"
+    return rooms(settings(get_config()))
+
+
+def packages() -> list: return list(plan())
 
 
 # --- one notebook -> one page ---------------------------------------------------------------------------------------
@@ -66,7 +73,8 @@ class Page:
         metadata = dict(language_info=dict(name='python', pygments_lexer='ipython3'))
         path = folder/f'{self.name}.ipynb'
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(dict(cells=cells, metadata=metadata, nbformat=4, nbformat_minor=5)), encoding='utf-8')
+        nb = dict(cells=cells, metadata=metadata, nbformat=4, nbformat_minor=5)
+        path.write_text(json.dumps(nb), encoding='utf-8')
 
 
 def classed(md):
@@ -82,7 +90,8 @@ def code(cell):
     outputs = [out for o in cell.outputs if (out := terminal(o))]
     if not cell.source.strip() and not outputs: return None
     tags = [tag for (key, value), tag in TAGS.items() if cell.directives_.get(key) == value]
-    return dict(cell_type='code', metadata=dict(tags=tags), execution_count=None, outputs=outputs, source=cell.source.strip('\n'))
+    source = cell.source.strip('\n')
+    return dict(cell_type='code', metadata=dict(tags=tags), execution_count=None, outputs=outputs, source=source)
 
 
 def terminal(output):
@@ -101,7 +110,8 @@ class Linker:
 
     def page(self, page:Page):
         folder = page.notebook.parts[0]
-        self.known = [folder] if folder in packages() else packages()  # `predict` on a page of one package is not that of the other
+        # `predict` on a page of one package is not that of the other
+        self.known = [folder] if folder in packages() else packages()
         lookup = NbdevLookup(strip_libs=' '.join(sorted(packages(), key=lambda p: p != folder)))
         for cell in page.cells:
             if cell['cell_type'] == 'markdown': cell['source'] = self.text(cell['source'], lookup)
@@ -126,15 +136,25 @@ class Linker:
 
 
 # --- the site -------------------------------------------------------------------------------------------------------
+def floor(page:Page, plan:dict) -> int:
+    "The floor of the room that `page` stands in; pages without one come last"
+    package, *folders = page.notebook.parts[:-1] or ['']
+    rooms = plan.get(package, [])
+    return rooms.index(folders[0]) if folders and folders[0] in rooms else len(rooms)
+
+
 def navigation(pages:list) -> dict:
-    "Tables of contents for the home page: tutorials, the packages, then the rest"
-    order = ['tutorials', *packages()]
-    folders = dict.fromkeys(order, ())
-    for page in pages:
+    "Tables of contents for the home page: tutorials, the packages floor by floor, then the rest"
+    rooms = plan()
+    folders = {name: [] for name in ('tutorials', *rooms)}
+    for page in sorted(pages, key=lambda o: floor(o, rooms)):
         folder = page.notebook.parts[0] if len(page.notebook.parts) > 1 else 'more'
-        if page.name != 'index': folders[folder] = (*folders.get(folder, ()), page.name)
-    captions = {f: f if f in packages() else f.capitalize() for f in folders}
-    return markdown('\n'.join([toctree('', ['Home <self>'])] + [toctree(f':caption: {captions[f]}', names) for f, names in folders.items() if names]))
+        if page.name != 'index': folders.setdefault(folder, []).append(page.name)
+    tables = [toctree('', ['Home <self>'])]
+    for folder, names in folders.items():
+        caption = folder if folder in rooms else folder.capitalize()
+        if names: tables.append(toctree(f':caption: {caption}', names))
+    return markdown('\n'.join(tables))
 
 
 def toctree(option, entries): return '\n'.join(['```{toctree}', ':hidden:', option, '', *entries, '```'])
@@ -163,7 +183,8 @@ def tidy(html:Path):
     for name in ('.buildinfo', 'objects.inv'): (html/name).unlink(missing_ok=True)
     used = ''.join(p.read_text(encoding='utf-8') for p in html.rglob('*') if p.suffix in ('.html', '.css', '.js'))
     for path in (html/'_static').rglob('*'):
-        if path.suffix == '.map' or path.is_file() and path.name not in used and 'LICENSE' not in path.name: path.unlink()
+        unused = path.is_file() and path.name not in used and 'LICENSE' not in path.name
+        if path.suffix == '.map' or unused: path.unlink()
     (html/'.nojekyll').touch()  # GitHub Pages would leave out folders with an underscore
 
 
@@ -201,7 +222,8 @@ def main():
     parser.add_argument('--check', action='store_true', help='build elsewhere, strictly, and list where docs/ differs')
     args, docs = parser.parse_args(), get_config().doc_path
     if not args.check: return build(docs, strict=args.strict)
-    if lines := check(docs): sys.exit('\n'.join([*lines, 'docs/ does not hold what the notebooks say: run `make docs` and commit docs/']))
+    if lines := check(docs):
+        sys.exit('\n'.join([*lines, 'docs/ does not hold what the notebooks say: run `make docs` and commit docs/']))
     print('docs/ holds what the notebooks say')
 
 

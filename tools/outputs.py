@@ -18,7 +18,8 @@ machine_path = re.compile(r'(?<![\w.])/(?:home|root|tmp|usr|opt|work|Users|var|m
 
 def on_terminal(text:str) -> str:
     "What `text` leaves on a terminal: a carriage return starts its line again"
-    lines = (next((part for part in reversed(line.split('\r')) if part.strip()), '') if '\r' in line else line for line in text.split('\n'))
+    def last(line): return next((part for part in reversed(line.split('\r')) if part.strip()), '')
+    lines = [last(line) if '\r' in line else line for line in text.split('\n')]
     return '\n'.join(line.rstrip() for line in lines if not re.fullmatch(r'█|Epoch \d+/\d+ :', line.strip()))
 
 

@@ -1,4 +1,4 @@
-"""Write README.md from the home page, nbs/index.ipynb, so that its example is the one that ran and its output what came out.
+"""Write README.md from the home page, nbs/index.ipynb: its example is the one that ran, and its output what came out.
 
 python tools/readme.py [--check]: with --check nothing is written, and a README that differs ends in an error."""
 import base64
@@ -10,7 +10,7 @@ from pathlib import Path
 root = Path(__file__).resolve().parents[1]
 images = root/'nbs'/'images'
 notice = '<!-- Made by `make docs` from nbs/index.ipynb: edit that notebook. -->'
-notebook_link = re.compile(r'\]\(((?:\w+/)?)(?:\d+\w*?_)?(\w+)\.ipynb\)')
+notebook_link = re.compile(r'\]\(((?:\w+/)*)(?:\d+\w*?_)?(\w+)\.ipynb\)')
 
 
 def markdown(cell:dict) -> str:

@@ -1,7 +1,8 @@
 """Run the first example of a README as a newcomer would: python tools/readme_example.py README.md
 
-The first ```python block runs as a script, with the Python that runs this file, in an empty folder, and without the checkout on
-the path: what is installed there is what is tested. It must end well and print what the ```text block below it shows."""
+The first ```python block runs as a script, with the Python that runs this file, in an empty folder, and without the
+checkout on the path: what is installed there is what is tested. It must end well and print what the ```text block below
+it shows."""
 import argparse
 import difflib
 import re
@@ -12,8 +13,9 @@ from pathlib import Path
 
 from outputs import on_terminal
 
-# Losses and error rates depend on the processor's arithmetic and times on its speed, so of a number with a decimal point, and of
-# a time, only the place is compared. Words, column names, whole numbers and the order of the lines must be those of the README.
+# Losses and error rates depend on the processor's arithmetic and times on its speed, so of a number with a decimal
+# point, and of a time, only the place is compared. Words, column names, whole numbers and the order of the lines must
+# be those of the README.
 measured = re.compile(r'\d+:\d\d(?::\d\d)?|\d+\.\d+(?:e[+-]?\d+)?')
 
 

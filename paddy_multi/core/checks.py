@@ -22,7 +22,7 @@ def test_close(
     eps:float=1e-5, # Largest difference that is allowed
 ):
     "Fail unless `a` and `b` have the same shape and differ by at most `eps` everywhere; NaN is close to nothing"
-    a, b = _array(a), _array(b)
+    a,b = _array(a),_array(b)
     assert a.shape == b.shape, f'shapes differ: {a.shape} and {b.shape}'
     far = ~(np.abs(a-b) <= eps)
     assert not far.any(), f'close (eps={eps}):\n{a}\n{b}'

@@ -73,7 +73,7 @@ def GroupSplitter(
     valid_pct:float=.2, # Share of the **groups** to validate on; with groups of unequal size, that of the items differs
     seed:int=None, # Same seed, same split; None takes NumPy's current state, which fastai's `set_seed` sets
 )->Callable: # Function of the items that returns positions `(train, valid)`
-    "Split so that all items of a group stand on one side; `ValueError` for an item without a group or for a single group"
+    "Split so that all items of a group stand on one side; `ValueError` for an item without a group or a single group"
     from sklearn.model_selection import GroupShuffleSplit
     check_labels((group,), 'GroupSplitter')
     check_valid_pct(valid_pct)

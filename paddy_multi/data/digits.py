@@ -6,53 +6,69 @@
 __all__ = ['lean_of', 'sample_digits']
 
 # %% ../../nbs/paddy_multi/data/00_digits.ipynb #c003
-import os
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
+from ..core.files import write_file
+
 # %% ../../nbs/paddy_multi/data/00_digits.ipynb #c006
 def lean_of(
     img:np.ndarray, # Grey image `[height, width]`, ink bright on 0
 )->float: # Degrees from upright, positive to the right, 0 without vertical extent
     "Angle of the ink of `img`, from its second moments (Hu, 1962)"
-    if img.ndim != 2: raise ValueError(f'expected one grey image [height, width], found shape {img.shape}')
+    if img.ndim != 2:
+        raise ValueError(f'expected one grey image [height, width], found shape {img.shape}')
     if img.sum() <= 0: raise ValueError('the image holds no ink: every pixel is 0')
     ink = img/img.sum()
-    y, x = np.mgrid[:img.shape[0], :img.shape[1]]
-    dx, dy = x - (ink*x).sum(), y - (ink*y).sum()
+    y,x = np.mgrid[:img.shape[0], :img.shape[1]]
+    dx,dy = x - (ink*x).sum(),y - (ink*y).sum()
     variance = (ink*dy*dy).sum()
-    return float(-np.degrees(np.arctan((ink*dx*dy).sum()/variance))) if variance else 0.
+    if not variance: return 0.
+    return float(-np.degrees(np.arctan((ink*dx*dy).sum()/variance)))
 
 # %% ../../nbs/paddy_multi/data/00_digits.ipynb #c010
-def _shows_other(file, pixels):
-    "Is there a picture at `file` that shows something else? One that was cut short while it was written does not count"
-    try: return file.exists() and not np.array_equal(np.array(Image.open(file)), pixels)
-    except (OSError, SyntaxError): return False
+def _labels(digits):
+    "The table of labels of scikit-learn's `digits`, one row a picture"
+    leans = np.array([lean_of(img) for img in digits.images]).round(1) + 0  # no -0.0
+    return pd.DataFrame(dict(
+        image=[f'{i:04d}.png' for i in range(len(leans))],
+        digit=digits.target,
+        slant=np.select([leans < -6, leans > 6], ['left', 'right'], 'upright'),
+        lean=leans,
+        ink=(digits.images.mean((1,2))/16).round(4)))
 
+# %% ../../nbs/paddy_multi/data/00_digits.ipynb #n002
+def _shows_other(file, pixels):
+    "Is there a whole picture at `file` that shows something else?"
+    try: return file.exists() and not np.array_equal(np.array(Image.open(file)), pixels)
+    except (OSError, SyntaxError): return False  # cut short
+
+def _write_pictures(folder, pictures):
+    "Write the arrays in `pictures` by name; `FileExistsError`, before anything is written, for another picture"
+    for name, pixels in pictures.items():
+        if _shows_other(folder/name, pixels):
+            raise FileExistsError(f'{folder/name} is another picture than these digits: choose an empty folder')
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, pixels in pictures.items(): Image.fromarray(pixels).save(folder/name)
+
+# %% ../../nbs/paddy_multi/data/00_digits.ipynb #n005
 def sample_digits(
     path:str|Path, # Folder to write to; made if it is missing
 )->Path: # `path`, holding `images/*.png` and `labels.csv` (image, digit, slant, lean, ink)
-    """Write scikit-learn's 1,797 real handwritten digits with labels `digit`, `slant` (left, upright, right), `lean` (degrees) and
-    `ink` (share of the darkest possible) to `path`; a folder that already holds them is left as it is, one with other labels or pictures is refused"""
+    """Write scikit-learn's 1,797 real handwritten digits with labels `digit`, `slant` (left, upright, right),
+    `lean` (degrees) and `ink` (share of the darkest possible) to `path`; a folder that already holds them is left
+    as it is, one with other labels or pictures is refused"""
     from sklearn.datasets import load_digits
-    path, bunch = Path(path), load_digits()
-    leans = np.array([lean_of(img) for img in bunch.images]).round(1) + 0  # no -0.0
-    labels = pd.DataFrame(dict(
-        image=[f'{i:04d}.png' for i in range(len(leans))], digit=bunch.target,
-        slant=np.select([leans < -6, leans > 6], ['left', 'right'], 'upright'),
-        lean=leans, ink=(bunch.images.mean((1,2))/16).round(4))).to_csv(index=False)
-    table = path/'labels.csv'
+    path,digits = Path(path),load_digits()
+    labels,table = _labels(digits),path/'labels.csv'
+    text = labels.to_csv(index=False)
     if table.exists():
-        if table.read_text() == labels: return path
+        if table.read_text() == text: return path
         raise FileExistsError(f'{table} holds other labels than these digits: choose an empty folder')
-    pictures = {path/f'images/{i:04d}.png': pixels for i, pixels in enumerate((bunch.images*255/16).round().astype(np.uint8))}
-    if other := next((o for o, pixels in pictures.items() if _shows_other(o, pixels)), None): raise FileExistsError(f'{other} is another picture than these digits: choose an empty folder')
-    (path/'images').mkdir(parents=True, exist_ok=True)
-    for file, pixels in pictures.items(): Image.fromarray(pixels).save(file)
-    part = path/f'labels.{os.getpid()}.part'
-    part.write_text(labels)
-    part.replace(table)  # last and at once, so that a folder with a table is complete
+    pixels = (digits.images*255/16).round().astype(np.uint8)
+    _write_pictures(path/'images', dict(zip(labels.image, pixels)))
+    write_file(table, text)
     return path

@@ -7,6 +7,7 @@ __all__ = ['match_files', 'MultiTargetDataLoaders']
 
 # %% ../../nbs/paddy_multi/data/04_loaders.ipynb #c003
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -15,114 +16,149 @@ from fastai.data.core import DataLoaders
 from fastai.data.transforms import IndexSplitter, RandomSplitter, get_image_files
 from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock
+from fastcore.basics import patch
 
-from ..kinds.kinds import _some
-from ..targets.declare import Targets, by_name
+from ..core.values import first_few
+from ..targets.declare import Targets
+from ..targets.encoded import by_name
+
+# %% ../../nbs/paddy_multi/data/04_loaders.ipynb #n000
+def _meant_by(names, files, folder):
+    "The files that each of `names` may mean: the one at that path below `folder`, or else all of that name"
+    by_path,by_file = {},{}
+    for file in files:
+        by_path[file.relative_to(folder).as_posix()] = [file]
+        by_file.setdefault(file.name, []).append(file)
+    return {name: by_path.get(name) or by_file.get(name, []) for name in names}
+
+def _check_one_each(found, folder):
+    "`FileNotFoundError` or `ValueError` unless each name in `found` means one file"
+    lost = [name for name, files in found.items() if not files]
+    if lost:
+        raise FileNotFoundError(f'{len(lost)} rows have no picture, such as {first_few(lost, 3)}: '
+                                'drop the rows, or look at folder, fn_col and suff')
+    several = [name for name, files in found.items() if len(files) > 1]
+    if several:
+        as_path = found[several[0]][0].relative_to(folder).as_posix()
+        raise ValueError(f'{first_few(several, 3)} is the name of several pictures: '
+                         f'name them with their folder, such as {as_path!r}')
 
 # %% ../../nbs/paddy_multi/data/04_loaders.ipynb #c007
 def match_files(
     names:list, # What the table calls its pictures
     folder:Path, # Folder of pictures, with any folders in it
 )->list: # A path for each name
-    "The picture of every row; `FileNotFoundError` or `ValueError` for a name without one, with several, or given twice. Pictures without a row are warned of"
+    """The picture of every row; `FileNotFoundError` or `ValueError` for a name without one, with several, or given
+    twice, and a warning of pictures without a row"""
     folder,names = Path(folder),[str(o) for o in names]
     if not folder.is_dir(): raise FileNotFoundError(f'expected a folder of pictures {folder}, found none')
-    if len(set(names)) < len(names): raise ValueError(f'the table names {_some({o for o in names if names.count(o) > 1})} more than once: keep one row a picture')
+    twice = [name for name, n in Counter(names).items() if n > 1]
+    if twice: raise ValueError(f'the table names {first_few(twice)} more than once: keep one row a picture')
     files = get_image_files(folder)
-    by_path,by_file = {f.relative_to(folder).as_posix(): f for f in files},{}
-    for f in files: by_file.setdefault(f.name, []).append(f)
-    found = {name: [by_path[name]] if name in by_path else by_file.get(name, []) for name in names}
-    if lost := [n for n, fs in found.items() if not fs]: raise FileNotFoundError(f'{len(lost)} rows have no picture, such as {_some(lost, 3)}: drop the rows, or look at folder, fn_col and suff')
-    if several := [n for n, fs in found.items() if len(fs) > 1]: raise ValueError(f'{_some(several, 3)} is the name of several pictures: name them with their folder, such as {found[several[0]][0].relative_to(folder).as_posix()!r}')
-    used = {fs[0] for fs in found.values()}
-    if over := [f.name for f in files if f not in used]: warnings.warn(f'{len(over)} pictures have no row and are left out, such as {_some(over, 3)}')
-    return [found[n][0] for n in names]
+    found = _meant_by(names, files, folder)
+    _check_one_each(found, folder)
+    used = {file for file, in found.values()}
+    unused = [o.name for o in files if o not in used]
+    if unused: warnings.warn(f'{len(unused)} pictures have no row and are left out, such as {first_few(unused, 3)}')
+    return [found[name][0] for name in names]
 
-# %% ../../nbs/paddy_multi/data/04_loaders.ipynb #c010
+# %% ../../nbs/paddy_multi/data/04_loaders.ipynb #n002
+_file = '_file'  # column of `match_files`' paths
+
 class _by_path(by_name):
     "A getter that looks labels up by an item's whole path"
     def key_of(self, item): return str(item)
 
-class MultiTargetDataLoaders(DataLoaders):
-    "Data loaders of pictures with several label columns, in the manner of fastai's `ImageDataLoaders`"
-    @classmethod
-    def from_df(cls,
-        df:pd.DataFrame, # Table with one row a picture
-        path:str|Path='.', # Folder that `folder` stands in
-        targets:list|Targets=None, # Label columns, or `Targets` declared for the columns
-        kinds:dict=None, # Kind or target by column, as in `Targets.from_df`
-        fn_col:str=None, # Column with the names of the pictures, the first by default
-        folder:str='', # Folder of the pictures in `path`
-        suff:str='', # Text to add to each name, such as '.jpg'
-        valid_pct:float=.2, # Share of the validation split
-        seed:int=None, # Seed of that split
-        valid_col:str=None, # Column that is True for validation rows and False for others, instead of a random split
-        splitter=None, # Function of `df` that gives two lists of positions, such as `StratifiedSplitter('label')`, instead of a random split
-        item_tfms=None, # Transforms of an item, such as `Resize(128)`
-        batch_tfms=None, # Transforms of a batch
-        img_cls=PILImage, # Type of the pictures
-        **kwargs, # Passed to `dataloaders`, such as `bs`
-    )->'MultiTargetDataLoaders':
-        "From a table of names and labels beside a folder of pictures"
-        fn_col = df.columns[0] if fn_col is None else fn_col
-        if missing := [c for c in (fn_col, valid_col) if c is not None and c not in df.columns]: raise KeyError(f'no column {missing} in the table: it holds {list(df.columns)}')
-        if targets is None: raise ValueError(f'expected the label columns, as targets=[...] of {list(df.columns.drop(fn_col))}')
-        declared = targets if isinstance(targets, Targets) else Targets.from_df(df, targets, kinds)
-        if valid_col and splitter: raise ValueError('give valid_col or splitter, not both')
-        if df.empty: raise ValueError('expected a row a picture, found a table without rows')
-        files = match_files(df[fn_col].astype(str)+suff, Path(path)/folder)
-        if valid_col: splitter = IndexSplitter(_true_rows(df[valid_col], valid_col))
-        table = df.assign(**{_file: [str(f) for f in files]})
-        return _build(cls, _looked_up(declared, table), lambda _: files, path, (lambda _: splitter(df)) if splitter else RandomSplitter(valid_pct, seed=seed), item_tfms, batch_tfms, img_cls, kwargs)
+def _looked_up(declared, table):
+    "`declared` with every column looked up by the picture's path"
+    return Targets({name: declared[name].reading(_by_path(table, _file, name)) for name in declared.names})
 
-    @classmethod
-    def from_csv(cls,
-        path:str|Path, # Folder that holds the table and the pictures
-        csv_fname:str='labels.csv', # Table in `path`
-        delimiter:str=None, # Text between two columns
-        **kwargs, # Passed to `MultiTargetDataLoaders.from_df`
-    )->'MultiTargetDataLoaders':
-        "From a CSV file beside a folder of pictures"
-        df = pd.read_csv(Path(path)/csv_fname, sep=delimiter or ',')
-        text = pd.read_csv(Path(path)/csv_fname, sep=delimiter or ',', dtype=str, keep_default_na=False)
-        _warn_of_words(df, text, kwargs.get('targets'))
-        return cls.from_df(df, path=path, **kwargs)
+# %% ../../nbs/paddy_multi/data/04_loaders.ipynb #n005
+def _check_table(df, fn_col, targets, valid_col, splitter):
+    "`KeyError` or `ValueError` for arguments of `from_df` that do not go with the table `df`"
+    missing = [o for o in (fn_col, valid_col) if o is not None and o not in df.columns]
+    if missing: raise KeyError(f'no column {missing} in the table: it holds {list(df.columns)}')
+    if targets is None:
+        raise ValueError(f'expected the label columns, as targets=[...] of {list(df.columns.drop(fn_col))}')
+    if valid_col and splitter: raise ValueError('give valid_col or splitter, not both')
+    if df.empty: raise ValueError('expected a row a picture, found a table without rows')
 
-    @classmethod
-    def from_folder(cls,
-        path:str|Path, # Folder of pictures
-        targets:Targets=None, # Targets with functions of a path, such as `CategoryTarget(parent_label)`
-        train:str=None, # Folder of the training split, with `valid`, instead of a random split
-        valid:str=None, # Folder of the validation split
-        valid_pct:float=.2, # Share of the validation split
-        seed:int=None, # Seed of that split
-        splitter=None, # Function of the list of pictures that gives two lists of indices, instead of a random split
-        item_tfms=None, # Transforms of an item, such as `Resize(128)`
-        batch_tfms=None, # Transforms of a batch
-        img_cls=PILImage, # Type of the pictures
-        **kwargs, # Passed to `dataloaders`, such as `bs`
-    )->'MultiTargetDataLoaders':
-        "From a folder whose paths tell the labels"
-        if not isinstance(targets, Targets): raise TypeError(f'expected Targets(name=CategoryTarget(function of a path), ...), found {targets!r}')
-        if (train is None) != (valid is None): raise ValueError(f'give both train and valid, or neither; found train={train!r}, valid={valid!r}')
-        if not get_image_files(path): raise FileNotFoundError(f'no pictures in {path}')
-        split = splitter or (_by_folder(Path(path), train, valid) if train else RandomSplitter(valid_pct, seed=seed))
-        get_items = (lambda p: get_image_files(p, folders=[train, valid])) if train else get_image_files
-        return _build(cls, targets, get_items, path, split, item_tfms, batch_tfms, img_cls, kwargs)
-
-_file = '_file'  # column of `match_files`' paths
-
-def _warn_of_words(df, text, targets):
-    "Words of label columns that pandas has read as a missing value are warned of, since they may be classes"
-    for col in df.columns.intersection(list(getattr(targets, 'names', targets) or [])):
-        if words := set(text[col][df[col].isna()]) - {'', 'NaN', 'nan'}:
-            warnings.warn(f'{col}: {_some(words)} read as a missing label: if it is a class, read the table with pd.read_csv(..., keep_default_na=False, na_values=[""]) and use from_df')
-
+# %% ../../nbs/paddy_multi/data/04_loaders.ipynb #n007
 def _true_rows(col, name):
     "Positions where `col` is true; `ValueError` for anything but true and false"
-    if not col.isin([True, False]).all(): raise ValueError(f'{name}: expected True or False in every row, found {_some({o for o in col if o not in (True, False)})}')
+    others = {o for o in col if o not in (True, False)}
+    if others: raise ValueError(f'{name}: expected True or False in every row, found {first_few(others)}')
     return [i for i, o in enumerate(col) if o]
 
+def _row_splitter(df, valid_col, splitter, valid_pct, seed):
+    "A splitter of pictures that stand in the order of the rows of `df`"
+    if valid_col: splitter = IndexSplitter(_true_rows(df[valid_col], valid_col))
+    return (lambda _: splitter(df)) if splitter else RandomSplitter(valid_pct, seed=seed)
+
+# %% ../../nbs/paddy_multi/data/04_loaders.ipynb #n009
+def _block(targets, splitter, item_tfms, batch_tfms, img_cls):
+    "A `DataBlock` whose items are paths of pictures"
+    return DataBlock(blocks=(ImageBlock(img_cls), targets.block), get_y=targets.get_y, splitter=splitter,
+                     item_tfms=item_tfms, batch_tfms=batch_tfms)
+
+class MultiTargetDataLoaders(DataLoaders):
+    "Data loaders of pictures with several label columns, in the manner of fastai's `ImageDataLoaders`"
+
+# %% ../../nbs/paddy_multi/data/04_loaders.ipynb #n011
+@patch(cls_method=True)
+def from_df(cls:MultiTargetDataLoaders,
+    df:pd.DataFrame, # Table with one row a picture
+    path:str|Path='.', # Folder that `folder` stands in
+    targets:list|Targets=None, # Label columns, or `Targets` declared for the columns
+    kinds:dict=None, # Kind or target by column, as in `Targets.from_df`
+    fn_col:str=None, # Column with the names of the pictures, the first by default
+    folder:str='', # Folder of the pictures in `path`
+    suff:str='', # Text to add to each name, such as '.jpg'
+    valid_pct:float=.2, # Share of the validation split
+    seed:int=None, # Seed of that split
+    valid_col:str=None, # Column that is True for validation rows and False for others, instead of a random split
+    splitter=None, # Function of `df` that gives two lists of positions, instead of a random split
+    item_tfms=None, # Transforms of an item, such as `Resize(128)`
+    batch_tfms=None, # Transforms of a batch
+    img_cls=PILImage, # Type of the pictures
+    **kwargs, # Passed to `dataloaders`, such as `bs`
+)->'MultiTargetDataLoaders':
+    "From a table of names and labels beside a folder of pictures"
+    fn_col = df.columns[0] if fn_col is None else fn_col
+    _check_table(df, fn_col, targets, valid_col, splitter)
+    declared = targets if isinstance(targets, Targets) else Targets.from_df(df, targets, kinds)
+    files = match_files(df[fn_col].astype(str)+suff, Path(path)/folder)
+    looked_up = _looked_up(declared, df.assign(**{_file: [str(f) for f in files]}))
+    splitter = _row_splitter(df, valid_col, splitter, valid_pct, seed)
+    block = _block(looked_up, splitter, item_tfms, batch_tfms, img_cls)
+    return cls.from_dblock(block, files, path=path, **kwargs)
+
+# %% ../../nbs/paddy_multi/data/04_loaders.ipynb #n014
+def _warn_of_words(df, text, targets):
+    "Words of label columns that pandas has read as a missing value are warned of, since they may be classes"
+    names = targets.names if isinstance(targets, Targets) else targets or []
+    for col in df.columns.intersection(list(names)):
+        words = set(text[col][df[col].isna()]) - {'', 'NaN', 'nan'}
+        if not words: continue
+        warnings.warn(f'{col}: {first_few(words)} read as a missing label: if it is a class, read the table with '
+                      'pd.read_csv(..., keep_default_na=False, na_values=[""]) and use from_df')
+
+# %% ../../nbs/paddy_multi/data/04_loaders.ipynb #n016
+@patch(cls_method=True)
+def from_csv(cls:MultiTargetDataLoaders,
+    path:str|Path, # Folder that holds the table and the pictures
+    csv_fname:str='labels.csv', # Table in `path`
+    delimiter:str=None, # Text between two columns
+    **kwargs, # Passed to `MultiTargetDataLoaders.from_df`
+)->'MultiTargetDataLoaders':
+    "From a CSV file beside a folder of pictures"
+    table,delimiter = Path(path)/csv_fname,delimiter or ','
+    df = pd.read_csv(table, sep=delimiter)
+    text = pd.read_csv(table, sep=delimiter, dtype=str, keep_default_na=False)
+    _warn_of_words(df, text, kwargs.get('targets'))
+    return cls.from_df(df, path=path, **kwargs)
+
+# %% ../../nbs/paddy_multi/data/04_loaders.ipynb #n018
 def _by_folder(path, train, valid):
     "A splitter by the first folder below `path`"
     def _inner(files):
@@ -133,10 +169,28 @@ def _by_folder(path, train, valid):
         return sides
     return _inner
 
-def _looked_up(declared, table):
-    "`declared` with every column looked up by the picture's path"
-    return Targets({name: declared[name].reading(_by_path(table, _file, name)) for name in declared.names})
-
-def _build(cls, targets, get_items, path, splitter, item_tfms, batch_tfms, img_cls, kwargs):
-    block = DataBlock(blocks=(ImageBlock(img_cls), targets.block), get_y=targets.get_y, splitter=splitter, item_tfms=item_tfms, batch_tfms=batch_tfms)
-    return cls.from_dblock(block, get_items(path), path=path, **kwargs)
+# %% ../../nbs/paddy_multi/data/04_loaders.ipynb #c010
+@patch(cls_method=True)
+def from_folder(cls:MultiTargetDataLoaders,
+    path:str|Path, # Folder of pictures
+    targets:Targets=None, # Targets with functions of a path, such as `CategoryTarget(parent_label)`
+    train:str=None, # Folder of the training split, with `valid`, instead of a random split
+    valid:str=None, # Folder of the validation split
+    valid_pct:float=.2, # Share of the validation split
+    seed:int=None, # Seed of that split
+    splitter=None, # Function of the list of pictures that gives two lists of indices, instead of a random split
+    item_tfms=None, # Transforms of an item, such as `Resize(128)`
+    batch_tfms=None, # Transforms of a batch
+    img_cls=PILImage, # Type of the pictures
+    **kwargs, # Passed to `dataloaders`, such as `bs`
+)->'MultiTargetDataLoaders':
+    "From a folder whose paths tell the labels"
+    if not isinstance(targets, Targets):
+        raise TypeError(f'expected Targets(name=CategoryTarget(function of a path), ...), found {targets!r}')
+    if (train is None) != (valid is None):
+        raise ValueError(f'give both train and valid, or neither; found train={train!r}, valid={valid!r}')
+    if not get_image_files(path): raise FileNotFoundError(f'no pictures in {path}')
+    if train and not splitter: splitter = _by_folder(Path(path), train, valid)
+    block = _block(targets, splitter or RandomSplitter(valid_pct, seed=seed), item_tfms, batch_tfms, img_cls)
+    files = get_image_files(path, folders=[train, valid] if train else None)
+    return cls.from_dblock(block, files, path=path, **kwargs)

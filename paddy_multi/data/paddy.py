@@ -12,10 +12,14 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw
 
+from ..core.files import write_file
+
 # %% ../../nbs/paddy_multi/data/01_paddy.ipynb #c006
+# Percent
 _diseases = dict(bacterial_leaf_blight=6, bacterial_leaf_streak=5, bacterial_panicle_blight=5, blast=16, brown_spot=10,
-                 dead_heart=14, downy_mildew=7, hispa=14, normal=14, tungro=9)  # percent
-_varieties = dict(ADT45=28, AndraPonni=8, AtchayaPonni=9, IR20=6, KarnatakaPonni=14, Onthanel=8, Ponni=11, RR=4, Surya=4, Zonal=8)  # percent
+                 dead_heart=14, downy_mildew=7, hispa=14, normal=14, tungro=9)
+_varieties = dict(ADT45=28, AndraPonni=8, AtchayaPonni=9, IR20=6, KarnatakaPonni=14, Onthanel=8, Ponni=11, RR=4,
+                  Surya=4, Zonal=8)
 
 def _shares(table, favoured=None):
     "Probabilities from percents, those at `favoured` three times as likely"
@@ -23,6 +27,7 @@ def _shares(table, favoured=None):
     if favoured is not None: p[favoured] *= 3
     return p/p.sum()
 
+# %% ../../nbs/paddy_multi/data/01_paddy.ipynb #n001
 def _labels(n, seed):
     "`n` rows of image_id, label, variety and age, in the order of the folders"
     rng = np.random.default_rng(seed)
@@ -36,70 +41,98 @@ def _labels(n, seed):
     return df.sort_values(['label', 'image_id'], ignore_index=True)
 
 # %% ../../nbs/paddy_multi/data/01_paddy.ipynb #c009
-def _rgb(colour): return tuple(min(max(int(o), 0), 255) for o in colour)
-
 class _Leaf:
     "A bent strip with a pointed tip: lengths in pixels, angles in radians, y downwards"
     def __init__(self, base, angle, length, width, bend):
-        self.base,self.angle,self.length,self.width,self.bend = np.asarray(base, float),angle,length,width,bend if abs(bend) > 1e-3 else 1e-3
+        self.base,self.angle = np.asarray(base, float),angle
+        self.length,self.width = length,width
+        self.bend = bend if abs(bend) > 1e-3 else 1e-3
 
     def at(self, t, s):
         "Pixels `[n, 2]` at share `t` of the way to the tip, `s` from one edge (-1) to the other (1)"
         t = np.minimum(np.maximum(t, 0.), 1.)
-        a, out = self.angle + self.bend*t, s*self.width*.8*(t+.05)**.35*(1-t)**.6
-        cos, sin, radius = np.cos(a), np.sin(a), self.length/self.bend
-        return self.base + np.column_stack([radius*(sin-np.sin(self.angle)) - out*sin, radius*(np.cos(self.angle)-cos) + out*cos])
+        turned,radius = self.angle + self.bend*t,self.length/self.bend
+        out = s*self.width*.8*(t+.05)**.35*(1-t)**.6
+        x = radius*(np.sin(turned)-np.sin(self.angle)) - out*np.sin(turned)
+        y = radius*(np.cos(self.angle)-np.cos(turned)) + out*np.cos(turned)
+        return self.base + np.column_stack([x, y])
 
-    def patch(self, draw, colour, t, s, dt, ds, corners=12):
-        "A closed shape around (`t`, `s`), reaching `dt` along the leaf and `ds` across it; four corners make a diamond"
-        turn = np.arange(corners)*(2*np.pi/corners)
-        self.fill(draw, colour, t + dt*np.cos(turn), np.minimum(np.maximum(s + ds*np.sin(turn), -1), 1))
+# %% ../../nbs/paddy_multi/data/01_paddy.ipynb #n003
+def _rgb(colour): return tuple(min(max(int(o), 0), 255) for o in colour)
 
-    def strip(self, draw, colour, start=0., inner=-1., outer=1.):
-        "The leaf from `start` to its tip, between `inner` and `outer`, numbers or one for each of 14 places"
-        t, edge = np.linspace(start, 1, 14), np.ones(14)
-        self.fill(draw, colour, np.r_[t, t[::-1]], np.r_[inner*edge, (outer*edge)[::-1]])
+def _fill(draw, leaf, colour, t, s):
+    "The shape with corners at `t` along the leaf and `s` across it"
+    draw.polygon(leaf.at(t, s).ravel().tolist(), _rgb(colour))
 
-    def fill(self, draw, colour, t, s): draw.polygon(self.at(t, s).ravel().tolist(), _rgb(colour))
+def _patch(draw, leaf, colour, t, s, dt, ds, corners=12):
+    "A closed shape around (`t`, `s`), reaching `dt` along the leaf and `ds` across it; four corners make a diamond"
+    turn = np.arange(corners)*(2*np.pi/corners)
+    across = np.minimum(np.maximum(s + ds*np.sin(turn), -1), 1)
+    _fill(draw, leaf, colour, t + dt*np.cos(turn), across)
+
+def _strip(draw, leaf, colour, start=0., inner=-1., outer=1.):
+    "The leaf from `start` to its tip, between `inner` and `outer`, numbers or one for each of 14 places"
+    t,edge = np.linspace(start, 1, 14),np.ones(14)
+    _fill(draw, leaf, colour, np.r_[t, t[::-1]], np.r_[inner*edge, (outer*edge)[::-1]])
 
 # %% ../../nbs/paddy_multi/data/01_paddy.ipynb #c013
 _looks = dict(  # colour, width, bend
-    ADT45=((70,140,50), .085, .5), AndraPonni=((104,158,52), .125, .5), AtchayaPonni=((52,116,44), .085, 1.1), IR20=((60,132,84), .125, 1.1),
-    KarnatakaPonni=((112,158,60), .085, .15), Onthanel=((62,130,92), .060, .5), Ponni=((50,112,46), .140, .2), RR=((126,142,66), .060, 1.1),
-    Surya=((88,126,88), .140, .8), Zonal=((58,150,64), .060, .1))
-_straw, _brown, _grey = np.array([206,186,120]), np.array([104,66,34]), np.array([186,182,168])
+    ADT45         =((70,140,50),  .085, .5),
+    AndraPonni    =((104,158,52), .125, .5),
+    AtchayaPonni  =((52,116,44),  .085, 1.1),
+    IR20          =((60,132,84),  .125, 1.1),
+    KarnatakaPonni=((112,158,60), .085, .15),
+    Onthanel      =((62,130,92),  .060, .5),
+    Ponni         =((50,112,46),  .140, .2),
+    RR            =((126,142,66), .060, 1.1),
+    Surya         =((88,126,88),  .140, .8),
+    Zonal         =((58,150,64),  .060, .1))
 
-def _spots(rng, few, many): return zip(*(rng.uniform(*o, rng.integers(few, many)) for o in ((.1,.9), (-.75,.75), (.7,1.4))))
+# %% ../../nbs/paddy_multi/data/01_paddy.ipynb #n006
+_straw,_brown,_grey = np.array([206,186,120]),np.array([104,66,34]),np.array([186,182,168])
 
-def _blight(draw, leaf, rng):  # straw-coloured, wavy margins that run down from the tip
+def _spots(rng, few, many):
+    "Places along and across the leaf, and sizes, of a random number of spots: `few` or more, below `many`"
+    ranges = (.1,.9),(-.75,.75),(.7,1.4)
+    along,across,sizes = (rng.uniform(low, high, rng.integers(few, many)) for low, high in ranges)
+    return zip(along, across, sizes)
+
+# %% ../../nbs/paddy_multi/data/01_paddy.ipynb #n009
+def _blight(draw, leaf, rng):
     for side in rng.choice([-1, 1], rng.integers(1, 3), replace=False):
         wave = np.clip(np.linspace(.75, .05, 14) + rng.normal(0, .12, 14), 0, 1)
-        leaf.strip(draw, _straw + rng.normal(0, 10, 3), rng.uniform(.25, .6), side*wave, side)
+        _strip(draw, leaf, _straw + rng.normal(0, 10, 3), rng.uniform(.25, .6), side*wave, side)
 
-def _streak(draw, leaf, rng):  # long thin dark stripes between the veins
-    for t, s, size in _spots(rng, 6, 12): leaf.patch(draw, (122,84,30), t, s, .09*size, .10)
+def _streak(draw, leaf, rng):
+    for t, s, size in _spots(rng, 6, 12): _patch(draw, leaf, (122,84,30), t, s, .09*size, .10)
 
-def _blast(draw, leaf, rng):  # diamonds with a brown rim and a grey heart
-    for t, s, size in _spots(rng, 2, 6):
-        leaf.patch(draw, _brown, t, .6*s, .075*size, .52*size, corners=4)
-        leaf.patch(draw, _grey, t, .6*s, .042*size, .28*size, corners=4)
-
-def _brown_spot(draw, leaf, rng):  # many round spots, a yellow ring around each
-    for t, s, size in _spots(rng, 7, 14):
-        leaf.patch(draw, (168,150,60), t, s, .026*size, .34*size)
-        leaf.patch(draw, _brown, t, s, .017*size, .22*size)
-
-def _mildew(draw, leaf, rng):  # small pale patches all over
-    for t, s, size in _spots(rng, 12, 22): leaf.patch(draw, (170,186,112) + rng.normal(0, 8, 3), t, s, .03*size, .3*size)
-
-def _hispa(draw, leaf, rng):  # bundles of white scrapes along the leaf
-    for t, s, size in _spots(rng, 2, 5):
-        for k in range(3): leaf.patch(draw, (214,218,202), t + rng.uniform(-.03, .03), s+.28*(k-1), .085*size, .07)
-
-def _tungro(draw, leaf, rng):  # orange-yellow that grows stronger towards the tip
+def _tungro(draw, leaf, rng):
     start = rng.uniform(.1, .4)
-    for k in range(4): leaf.strip(draw, np.array([150,150,50]) + k*np.array([20,3,-5]), start + k*(1-start)/5)
+    for k in range(4):
+        colour = np.array([150,150,50]) + k*np.array([20,3,-5])
+        _strip(draw, leaf, colour, start + k*(1-start)/5)
 
+# %% ../../nbs/paddy_multi/data/01_paddy.ipynb #n012
+def _blast(draw, leaf, rng):
+    for t, s, size in _spots(rng, 2, 6):
+        _patch(draw, leaf, _brown, t, .6*s, .075*size, .52*size, corners=4)
+        _patch(draw, leaf, _grey, t, .6*s, .042*size, .28*size, corners=4)
+
+def _brown_spot(draw, leaf, rng):
+    for t, s, size in _spots(rng, 7, 14):
+        _patch(draw, leaf, (168,150,60), t, s, .026*size, .34*size)
+        _patch(draw, leaf, _brown, t, s, .017*size, .22*size)
+
+def _mildew(draw, leaf, rng):
+    for t, s, size in _spots(rng, 12, 22):
+        _patch(draw, leaf, (170,186,112) + rng.normal(0, 8, 3), t, s, .03*size, .3*size)
+
+def _hispa(draw, leaf, rng):
+    for t, s, size in _spots(rng, 2, 5):
+        for k in range(3):
+            _patch(draw, leaf, (214,218,202), t + rng.uniform(-.03, .03), s+.28*(k-1), .085*size, .07)
+
+# %% ../../nbs/paddy_multi/data/01_paddy.ipynb #n015
 _signs = dict(bacterial_leaf_blight=_blight, bacterial_leaf_streak=_streak, blast=_blast, brown_spot=_brown_spot,
               downy_mildew=_mildew, hispa=_hispa, tungro=_tungro)
 
@@ -109,8 +142,8 @@ def _panicle(draw, leaf, rng, sick):
         colour = (_straw, _brown)[rng.integers(2)] if sick else np.array([150,160,66])
         draw.ellipse([x-3, y-4, x+3, y+4], _rgb(colour + rng.normal(0, 12, 3)))
 
-# %% ../../nbs/paddy_multi/data/01_paddy.ipynb #c015
-_size = 96, 128  # width and height in pixels
+# %% ../../nbs/paddy_multi/data/01_paddy.ipynb #n017
+_size = 96,128  # width and height in pixels
 
 def _field(rng):
     "Blurred ground of its own colour, twice as large as a picture"
@@ -118,76 +151,99 @@ def _field(rng):
     rough = np.clip(colour*rng.uniform(.55, 1.45, (10, 8, 1)), 0, 255).astype(np.uint8)
     return Image.fromarray(rough).resize((2*_size[0], 2*_size[1]), Image.BICUBIC)
 
-def _plant(variety, age, stunted, rng):
-    "The leaves of a plant from back to front, the youngest upright in the middle, and their colour"
-    colour, width, bend = _looks[variety]
-    grown = (age-45)/37
-    size, tilt, n = (145+85*grown)*rng.uniform(.9, 1.1)*(.8 if stunted else 1), rng.normal(-np.pi/2, .3), 3 + round(4*grown) + rng.integers(2)
-    base = np.array([_size[0] + rng.normal(0, 16), 2*_size[1] - rng.uniform(-5, 30)])
-    leaves = []
-    for spread in (*rng.permutation(np.linspace(-.8, .8, n)), 0.):
-        length, lean = size*rng.uniform(.85, 1.1), spread + rng.normal(0, .08)
-        leaves.append(_Leaf(base + rng.normal(0, 3, 2), tilt+lean, length, 1.3*length*width*rng.uniform(.88, 1.12), np.sign(lean)*bend*rng.uniform(.7, 1.3)))
-    return leaves, np.array(colour) + grown*np.array([24,6,-4]) + rng.normal(0, 7, 3)
-
-def _leaf(draw, leaf, colour, sign, rng):
-    "One leaf with its midrib, specks of dirt and, if given, the signs of a disease"
-    colour = colour*rng.uniform(.85, 1.12)
-    leaf.strip(draw, colour)
-    leaf.strip(draw, colour*1.22, 0, -.1, .1)
-    if sign and rng.uniform() < .8: sign(draw, leaf, rng)
-    for t, s, size in _spots(rng, 0, 3): leaf.patch(draw, (88,74,50), t, s, .01*size, .16*size)
-
 def _light(img, rng):
     "`img` shrunk, under light of its own strength, slope and tint, with a camera's noise"
     x = np.asarray(img.resize(_size, Image.BOX), np.float32)
-    slope = np.add.outer(np.linspace(-1, 1, _size[1])*rng.normal(0, .15), np.linspace(-1, 1, _size[0])*rng.normal(0, .15))
-    x = x*(1+slope)[...,None]*rng.uniform(.7, 1.3)*rng.normal(1, .05, 3) + 7*rng.standard_normal(x.shape, np.float32)
+    down = np.linspace(-1, 1, _size[1])*rng.normal(0, .15)
+    sideways = np.linspace(-1, 1, _size[0])*rng.normal(0, .15)
+    x = x*(1+np.add.outer(down, sideways))[...,None]
+    x = x*rng.uniform(.7, 1.3)*rng.normal(1, .05, 3)
+    x = x + 7*rng.standard_normal(x.shape, np.float32)
     return Image.fromarray(np.clip(x, 0, 255).astype(np.uint8))
 
+# %% ../../nbs/paddy_multi/data/01_paddy.ipynb #n020
+def _plant(variety, age, stunted, rng):
+    "The leaves of a plant from back to front, the youngest upright in the middle, and their colour"
+    colour,width,bend = _looks[variety]
+    grown = (age-45)/37
+    size = (145+85*grown)*rng.uniform(.9, 1.1)*(.8 if stunted else 1)
+    tilt = rng.normal(-np.pi/2, .3)
+    n = 3 + round(4*grown) + rng.integers(2)
+    base = np.array([_size[0] + rng.normal(0, 16), 2*_size[1] - rng.uniform(-5, 30)])
+    leaves = []
+    for spread in (*rng.permutation(np.linspace(-.8, .8, n)), 0.):
+        length,lean = size*rng.uniform(.85, 1.1),spread + rng.normal(0, .08)
+        foot = base + rng.normal(0, 3, 2)
+        leaf_width = 1.3*length*width*rng.uniform(.88, 1.12)
+        leaf_bend = np.sign(lean)*bend*rng.uniform(.7, 1.3)
+        leaves.append(_Leaf(foot, tilt+lean, length, leaf_width, leaf_bend))
+    return leaves,np.array(colour) + grown*np.array([24,6,-4]) + rng.normal(0, 7, 3)
+
+# %% ../../nbs/paddy_multi/data/01_paddy.ipynb #c015
+def _leaf(draw, leaf, colour, sign, rng):
+    "One leaf with its midrib, specks of dirt and, if given, the signs of a disease"
+    colour = colour*rng.uniform(.85, 1.12)
+    _strip(draw, leaf, colour)
+    _strip(draw, leaf, colour*1.22, 0, -.1, .1)
+    if sign and rng.uniform() < .8: sign(draw, leaf, rng)
+    for t, s, size in _spots(rng, 0, 3): _patch(draw, leaf, (88,74,50), t, s, .01*size, .16*size)
+
+# %% ../../nbs/paddy_multi/data/01_paddy.ipynb #n024
 def _picture(disease, variety, age, rng):
     "A drawn picture of a rice plant"
-    img = _field(rng)
+    img,sign = _field(rng),_signs.get(disease)
     draw = ImageDraw.Draw(img)
-    leaves, colour = _plant(variety, age, disease in ('tungro', 'downy_mildew'), rng)
-    *others, heart = leaves
-    for leaf in others: _leaf(draw, leaf, colour, _signs.get(disease), rng)
-    if disease == 'dead_heart': heart.width, heart.bend = .6*heart.width, rng.choice([-1, 1])*rng.uniform(.6, 1.4)
-    _leaf(draw, heart, _straw if disease == 'dead_heart' else colour, _signs.get(disease), rng)
-    if disease == 'bacterial_panicle_blight' or age > 70: _panicle(draw, heart, rng, disease == 'bacterial_panicle_blight')
+    leaves,colour = _plant(variety, age, disease in ('tungro', 'downy_mildew'), rng)
+    *others,heart = leaves
+    for leaf in others: _leaf(draw, leaf, colour, sign, rng)
+    if disease == 'dead_heart':
+        heart.width,heart.bend = .6*heart.width,rng.choice([-1, 1])*rng.uniform(.6, 1.4)
+        colour = _straw
+    _leaf(draw, heart, colour, sign, rng)
+    blighted = disease == 'bacterial_panicle_blight'
+    if blighted or age > 70: _panicle(draw, heart, rng, blighted)
     return _light(img, rng)
 
-# %% ../../nbs/paddy_multi/data/01_paddy.ipynb #c021
+# %% ../../nbs/paddy_multi/data/01_paddy.ipynb #n026
 def _with_gaps(df, missing, seed):
     "`df` without `missing` of its varieties and, in other rows, of its ages"
-    rng, df = np.random.default_rng([seed, 1]), df.astype(dict(age='Int64'))
-    for name in ('variety', 'age'): df.loc[rng.choice(len(df), round(missing*len(df)), replace=False), name] = pd.NA
+    rng,df = np.random.default_rng([seed, 1]),df.astype(dict(age='Int64'))
+    n = round(missing*len(df))
+    for name in ('variety', 'age'): df.loc[rng.choice(len(df), n, replace=False), name] = pd.NA
     return df
 
+# %% ../../nbs/paddy_multi/data/01_paddy.ipynb #n029
 def _check_folder(path, table, files):
     "`FileExistsError` if `path` holds anything that a set with this `table` and these `files` does not"
-    if (path/'train.csv').exists() and (path/'train.csv').read_text() != table:
-        raise FileExistsError(f'{path/"train.csv"} holds other labels than this sample: choose an empty folder')
-    others = sorted({o for o in (path/'train_images').rglob('*') if not o.is_dir()} - {*files})
-    if others: raise FileExistsError(f'{path/"train_images"} holds {len(others)} files that are not of this sample, {others[0].name} first: choose an empty folder')
+    labels,pictures = path/'train.csv',path/'train_images'
+    if labels.exists() and labels.read_text() != table:
+        raise FileExistsError(f'{labels} holds other labels than this sample: choose an empty folder')
+    others = sorted({o for o in pictures.rglob('*') if not o.is_dir()} - {*files})
+    if others:
+        raise FileExistsError(f'{pictures} holds {len(others)} files that are not of this sample, '
+                              f'{others[0].name} first: choose an empty folder')
 
+# %% ../../nbs/paddy_multi/data/01_paddy.ipynb #c021
 def sample_paddy(
     path:str|Path, # Folder to write to; made if it is missing
     n:int=600, # Number of pictures, 1 or more
     missing:float=0., # Share of varieties and of ages to leave out, at least 0 and below 1
     seed:int=42, # Same seed, same bytes
 )->Path: # `path`, holding `train_images/<label>/<image_id>` and `train.csv` (image_id, label, variety, age)
-    """Write a synthetic set of `n` drawn rice pictures (96 by 128 pixels) with a disease, a variety and an age in days, in the layout of the
-    Paddy Doctor competition; a folder that already holds it is left as it is, one with other pictures or labels is refused"""
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise ValueError(f'n is the number of pictures, 1 or more; found {n!r}')
+    """Write a synthetic set of `n` drawn rice pictures (96 by 128 pixels) with a disease, a variety and an age in days,
+    in the layout of the Paddy Doctor competition; a folder that already holds it is left as it is, one with other
+    pictures or labels is refused"""
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f'n is the number of pictures, 1 or more; found {n!r}')
     if not 0 <= missing < 1: raise ValueError(f'missing is a share, at least 0 and below 1; found {missing!r}')
-    path, df = Path(path), _labels(n, seed)
+    path,df = Path(path),_labels(n, seed)
     table = _with_gaps(df, missing, seed).to_csv(index=False)
     files = [path/'train_images'/row.label/row.image_id for row in df.itertuples()]
     _check_folder(path, table, files)
     if (path/'train.csv').exists(): return path
     for folder in {o.parent for o in files}: folder.mkdir(parents=True, exist_ok=True)
     for file, row in zip(files, df.itertuples()):
-        _picture(row.label, row.variety, row.age, np.random.default_rng([seed, int(file.stem)])).save(file, quality=90)
-    (path/'train.csv').write_text(table)  # last, so that a folder with a table is complete
+        rng = np.random.default_rng([seed, int(file.stem)])
+        _picture(row.label, row.variety, row.age, rng).save(file, quality=90)
+    write_file(path/'train.csv', table)
     return path

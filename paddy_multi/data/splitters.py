@@ -7,112 +7,79 @@ __all__ = ['StratifiedSplitter', 'GroupSplitter']
 
 # %% ../../nbs/paddy_multi/data/03_splitters.ipynb #c003
 from collections.abc import Callable
-from math import ceil
 from numbers import Real
 
 import numpy as np
 import pandas as pd
 from fastcore.foundation import L
 
-from ..kinds.kinds import is_missing
+from ..core.splits import GroupSplitter, both_sides, check_labels, check_sides, check_valid_pct, labels_of
+from ..core.values import is_missing
 
-# %% ../../nbs/paddy_multi/data/03_splitters.ipynb #c007
-def _values(items, label)->list:
-    "`label` of each of `items`: a column, or a function of an item"
-    if not isinstance(label, str): return [label(o) for o in (row for _, row in items.iterrows())] if isinstance(items, pd.DataFrame) else [label(o) for o in items]
-    if not isinstance(items, pd.DataFrame):
-        raise TypeError(f'{label!r} names a column, and the items are no rows of a DataFrame but {type(items).__name__}: give a function of the item instead')
-    if label not in items: raise ValueError(f'expected a column {label!r}, found {list(items.columns)}')
-    return items[label].tolist()
+_all_ = ['GroupSplitter']
 
-def _check_labels(labels, who):
-    "`ValueError` for no label, `TypeError` for one that is neither a column nor a function"
-    if not labels: raise ValueError(f"{who} expects a label, found none: name columns, as in {who}('variety'), or give functions of the item")
-    for o in labels:
-        if not isinstance(o, str) and not callable(o): raise TypeError(f'{who} expects the name of a column or a function of the item, found {o!r}')
+# %% ../../nbs/paddy_multi/data/03_splitters.ipynb #n000
+def _tags_of(value):
+    "Tags of one label: itself, or its entries"
+    if is_missing(value): return ['missing']
+    # The order in a set changes from process to process
+    if isinstance(value, (set, frozenset)): value = sorted(value, key=str)
+    if not isinstance(value, (list, tuple, L, np.ndarray)): return [('is', value)]
+    return [('in', o) for o in value] or ['none']
 
-def _check_share(valid_pct):
-    if not 0 < valid_pct < 1: raise ValueError(f'valid_pct is the share of validation, between 0 and 1; found {valid_pct!r}')
+# %% ../../nbs/paddy_multi/data/03_splitters.ipynb #n003
+def _is_number(value): return isinstance(value, Real) and not isinstance(value, (bool, np.bool_))
+
+def _quantile_of(numbers, bins):
+    "The class, from 0, of each different one of `numbers`; by rank, so that infinity is a number like others"
+    ranks = numbers.astype(float).rank(method='min')
+    return dict(zip(numbers, pd.qcut(ranks, bins, labels=False, duplicates='drop')))
+
+def _tags(values, bins):
+    "A list of tags for each of `values`"
+    known = pd.Series([o for o in values if not is_missing(o)], dtype=object)
+    if not known.map(_is_number).all() or known.nunique() <= bins: return [_tags_of(o) for o in values]
+    quantile = _quantile_of(known, bins)
+    return [['missing'] if is_missing(o) else [quantile[o]] for o in values]
 
 # %% ../../nbs/paddy_multi/data/03_splitters.ipynb #c010
-def _missing(v): return v is pd.NA or is_missing(v)
-def _number(v): return isinstance(v, Real) and not isinstance(v, (bool, np.bool_))
-
-def _tags(values:list, bins:int)->list:
-    "A list of tags for each of `values`"
-    known = pd.Series([v for v in values if not _missing(v)], dtype=object)
-    if known.map(_number).all() and known.nunique() > bins:  # by rank, so that infinity is a number like others
-        cut = dict(zip(known, pd.qcut(known.astype(float).rank(method='min'), bins, labels=False, duplicates='drop')))
-        return [['missing'] if _missing(v) else [cut[v]] for v in values]
-    def tags(v):
-        if _missing(v): return ['missing']
-        if isinstance(v, (set, frozenset)): v = sorted(v, key=str)  # the order in a set changes from process to process
-        return [('in', o) for o in v] or ['none'] if isinstance(v, (list, tuple, L, np.ndarray)) else [('is', v)]
-    return [tags(v) for v in values]
-
-def _indicators(values:list, bins:int)->np.ndarray:
+def _indicators(values, bins):
     "A row for each of `values` and a column for each tag that some have and others have not, 1 where it applies"
-    pairs = pd.DataFrame([(i, t) for i, tags in enumerate(_tags(values, bins)) for t in tags], columns=['row', 'tag'])
-    codes, names = pd.factorize(pairs.tag)
+    tagged = [(row, tag) for row, tags in enumerate(_tags(values, bins)) for tag in tags]
+    pairs = pd.DataFrame(tagged, columns=['row', 'tag'])
+    codes,names = pd.factorize(pairs.tag)
     res = np.zeros((len(values), len(names)), int)
     res[pairs.row, codes] = 1
     return res[:, (res.min(0) == 0)]
 
-# %% ../../nbs/paddy_multi/data/03_splitters.ipynb #c013
-def _shuffle_split():
+# %% ../../nbs/paddy_multi/data/03_splitters.ipynb #n006
+def _stratified_split():
     "The class that stratifies; `ModuleNotFoundError` that says how to get it"
     try: from iterstrat.ml_stratifiers import MultilabelStratifiedShuffleSplit
     except ModuleNotFoundError as e: raise ModuleNotFoundError(
-        'StratifiedSplitter needs the package iterative-stratification: run `pip install "paddy-multi[stratify]"`') from e
+        'StratifiedSplitter needs the package iterative-stratification: run `pip install "paddy-multi[stratify]"`'
+    ) from e
     return MultilabelStratifiedShuffleSplit
 
+# %% ../../nbs/paddy_multi/data/03_splitters.ipynb #c013
 def StratifiedSplitter(
     *labels:str|Callable, # Columns of the rows or functions of the item, one for each label
     valid_pct:float=.2, # Share of the items to validate on
     seed:int=None, # Same seed, same split; None takes NumPy's current state, which fastai's `set_seed` sets
     bins:int=4, # Classes to cut a number into, at its quantiles
 )->Callable: # Function of the items that returns positions `(train, valid)`
-    """Split so that every class of every label, and every label's gaps, have about their share in validation; a class with a single item
-    stays in training if `valid_pct` is below a half. `ValueError` if there is nothing to balance"""
-    _check_labels(labels, 'StratifiedSplitter')
-    _check_share(valid_pct)
-    if isinstance(bins, bool) or not isinstance(bins, int) or bins < 2: raise ValueError(f'bins is a number of classes, 2 or more; found {bins!r}')
-    split = _shuffle_split()(n_splits=1, test_size=valid_pct, random_state=seed)
+    """Split so that every class of every label, and every label's gaps, have about their share in validation; a class
+    with a single item stays in training if `valid_pct` is below a half. `ValueError` if there is nothing to balance"""
+    check_labels(labels, 'StratifiedSplitter')
+    check_valid_pct(valid_pct)
+    if isinstance(bins, bool) or not isinstance(bins, int) or bins < 2:
+        raise ValueError(f'bins is a number of classes, 2 or more; found {bins!r}')
+    split = _stratified_split()(n_splits=1, test_size=valid_pct, random_state=seed)
     def _inner(items):
-        tags = np.concatenate([_indicators(_values(items, label), bins) for label in labels], 1)
-        if not tags.size: raise ValueError(f'expected labels that differ, found the same in all {len(items)} items: use RandomSplitter')
-        _check_sides(len(tags), valid_pct)
-        return _both(*next(split.split(tags, tags)))
-    return _inner
-
-def _check_sides(n:int, valid_pct:float, what:str='items'):
-    "`ValueError` if the share of validation, rounded up as scikit-learn does, leaves none of `n` for training"
-    if ceil(n*valid_pct) >= n:
-        raise ValueError(f'expected {what} on both sides of the split, found {n}, all for validation at valid_pct={valid_pct!r}: use more {what} or a smaller valid_pct')
-
-def _both(train, valid):
-    "Lists of positions; `ValueError` if one is empty"
-    if len(train) and len(valid): return L(sorted(train.tolist())), L(sorted(valid.tolist()))
-    raise ValueError(f'expected items on both sides of the split, found {len(train)} for training and {len(valid)} for validation: '
-                     'use more items, another valid_pct, or labels with fewer classes')
-
-# %% ../../nbs/paddy_multi/data/03_splitters.ipynb #c023
-def GroupSplitter(
-    group:str|Callable, # Column of the rows or function of the item that gives its group
-    valid_pct:float=.2, # Share of the **groups** to validate on; with groups of unequal size, that of the items differs
-    seed:int=None, # Same seed, same split; None takes NumPy's current state, which fastai's `set_seed` sets
-)->Callable: # Function of the items that returns positions `(train, valid)`
-    "Split so that all items of a group stand on one side; `ValueError` for an item without a group or for a single group"
-    from sklearn.model_selection import GroupShuffleSplit
-    _check_labels((group,), 'GroupSplitter')
-    _check_share(valid_pct)
-    split = GroupShuffleSplit(n_splits=1, test_size=valid_pct, random_state=seed)
-    def _inner(items):
-        groups = _values(items, group)
-        gaps = [i for i, o in enumerate(groups) if _missing(o)]
-        if gaps: raise ValueError(f'expected a group for each item, found {len(gaps)} without, item {gaps[0]} first: give each a group of its own, or leave them out')
-        codes, names = pd.factorize(pd.Series(groups, dtype=object))
-        if len(names) < 2: raise ValueError(f'expected two groups or more, found only {names.tolist()}: use another splitter')
-        _check_sides(len(names), valid_pct, 'groups')
-        return _both(*next(split.split(codes, groups=codes)))
+        tags = np.concatenate([_indicators(labels_of(items, label), bins) for label in labels], 1)
+        if not tags.size:
+            raise ValueError(f'expected labels that differ, found the same in all {len(items)} items: '
+                             'use RandomSplitter')
+        check_sides(len(tags), valid_pct)
+        return both_sides(*next(split.split(tags, tags)))
     return _inner

