@@ -80,11 +80,11 @@ def _by_target(loss, targs):
     "Parts of a `CombinedLoss`, every target weighed by itself"
     each = {name: chunk_loss(one.loss, t) for (name, one),t in zip(loss.losses.items(), targs) if one}
     def part(preds, *targs):
-        preds,labels = plain(preds),dict(zip(loss.losses, map(plain, targs)))
-        def weighted(name, f):
+        preds,labels,total = plain(preds),dict(zip(loss.losses, map(plain, targs))),0
+        for name,one_part in each.items():
             out = like_labels(preds[:,loss.slices[name]], labels[name])
-            return loss.weights[name]*f(out, labels[name])
-        return sum(weighted(name, f) for name,f in each.items())
+            total = total + loss.weights[name]*one_part(out, labels[name])
+        return total
     return part
 
 # %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #c025
