@@ -117,3 +117,14 @@ def checks_after(cells):
                 break
         found.append((public_definitions(cell)[0], distance))
     return found
+
+
+def compares_lengths(cells):
+    """Is the `test_close` of a notebook that of `paddy_multi.core.checks`, if it calls one?
+
+    That of fastcore, which comes with star imports of fastai, compares as many items as the shorter side has."""
+    lines = '\n'.join(cells).splitlines()
+    if not any(re.search(r'\btest_close\(', o) and not o.startswith('def ') for o in lines): return True
+    stars = [i for i, o in enumerate(lines) if re.match(r'from (fastai|fastcore)[\w.]* import \*', o)]
+    ours = [i for i, o in enumerate(lines) if re.match(r'from paddy_multi\.core\.checks import .*\btest_close\b', o)]
+    return bool(ours) and max(ours) > max(stars, default=-1)

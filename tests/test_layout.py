@@ -248,6 +248,14 @@ def test_most_exports_are_checked_in_the_next_cell():
     assert distances.count(1)/len(distances) > .93
 
 
+WITHOUT_CHECKS = [o for o in NOTEBOOKS if o.stem != '06_checks']  # which shows what fastcore's does
+
+
+@pytest.mark.parametrize('path', WITHOUT_CHECKS, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_numbers_are_compared_with_their_shapes(path):
+    assert rules.compares_lengths(rules.code_cells(path))
+
+
 # --- what a package offers ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('module', [o for o in HOUSE if o.split('.')[1] not in ('core', 'cli')])
 def test_all_offers_every_public_name(module):

@@ -28,6 +28,15 @@ from paddy_multi.all import *
 from paddy_multi.kinds.target import registry
 
 TESTS = Path(__file__).parent
+del registry['direction']  # tests of other files, which run in the same process, know our own kinds alone
+
+
+@pytest.fixture(scope='module', autouse=True)
+def declared():
+    "The kind of `own_kind` is known while the tests of this file run"
+    registry['direction'] = DirectionTarget
+    yield
+    del registry['direction']
 
 
 @pytest.fixture(scope='module')

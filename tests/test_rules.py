@@ -3,6 +3,7 @@ import pytest
 
 import rules
 
+OURS = 'from paddy_multi.core.checks import test_close'
 HOUSE = {'paddy_multi.core.values': ('paddy_multi', 0, '00_values.ipynb'),
          'paddy_multi.core.files': ('paddy_multi', 0, '01_files.ipynb'),
          'paddy_multi.data.loaders': ('paddy_multi', 1, '00_loaders.ipynb'),
@@ -86,3 +87,11 @@ def test_exports_without_a_check_are_found(cells, found):
 def test_lines_of_code():
     assert rules.lines_of_code('#| export\n\ndef f():\n    return 1\n') == 2
     assert rules.public_definitions('x = 1\ndef f(): pass\nclass _A: pass\nclass B: pass') == ['f', 'B']
+
+
+@pytest.mark.parametrize('cells, found', [
+    (['from fastcore.test import *', OURS, 'test_close(1, 1)'], True),
+    ([OURS, 'from fastai.vision.all import *', 'test_close(1, 1)'], False),
+    (['from fastcore.test import *', 'test_close(1, 1)'], False),
+    (['from fastcore.test import *', 'test_eq(1, 1)'], True)])
+def test_checks_that_do_not_compare_lengths_are_found(cells, found): assert rules.compares_lengths(cells) == found
