@@ -99,7 +99,8 @@ def _is_average(table):
 @torch.no_grad()
 def _has_average_rows(model):
     "Is what `model` has for unknown ids the average of what it has for the others?"
-    if all(_is_average(o) for o in model.id_tables()): return True
+    own = model.id_tables()
+    if own and all(_is_average(o) for o in own): return True
     with model.scoring():  # some models add to the rows of their tables
         tables = [model.user_factors, model.item_factors, model.user_bias, model.item_bias]
     found = [_is_average(o) for o in tables if o is not None]

@@ -7,6 +7,7 @@ __all__ = ['into_range', 'CollabModel']
 
 # %% ../../nbs/collab_deep/models/01_base.ipynb #c003
 import math
+import warnings
 from contextlib import contextmanager
 
 import torch
@@ -118,6 +119,10 @@ class CollabModel(TrainedTables, KeptTables, ScoredUsers):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        before = CollabModel.registry.get(cls.__name__, cls)
+        if (before.__module__,before.__qualname__) != (cls.__module__,cls.__qualname__):
+            warnings.warn(f'the model {cls.__name__} is that of {cls.__module__} from now on, '
+                          f'and was that of {before.__module__}: saved recommenders load it', stacklevel=2)
         CollabModel.registry[cls.__name__] = cls
 
     def __init__(self,

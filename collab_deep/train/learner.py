@@ -34,7 +34,10 @@ class CollabLearner(Learner):
     collab_loss = CollabLoss() # what it learns from, beside the function `loss_func`
 
     @property
-    def ranks(self): return self.collab_loss.ranks # then scores have an order and are no ratings
+    def ranks(self):
+        "Have scores an order alone, so that they are no ratings?"
+        ranking = [o.loss_func for o in CollabLoss.registry.values() if o.ranks]
+        return self.collab_loss.ranks or self.loss_func in ranking
 
     def get_preds(self, ds_idx=1, dl=None, reorder=True, **kwargs):
         "As in fastai, which takes the prediction of a single pair for a tuple of one and then fails to put it in order"

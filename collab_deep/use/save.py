@@ -68,7 +68,7 @@ def save_recommender(
 
 def _tidy(folder, weights):
     "Remove weights other than `weights`, and what a kill left unfinished"
-    for old in [*folder.glob(_weights_name('*') + '*'), *folder.glob(f'{_file}.*.part')]:
+    for old in folder.glob(_weights_name('*') + '*'):
         if old.name != weights: old.unlink()
 
 # %% ../../nbs/collab_deep/use/01_save.ipynb #c012

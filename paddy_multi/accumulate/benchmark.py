@@ -23,6 +23,7 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from matplotlib import pyplot as plt
 
+from ..core.files import write_file
 from .case import predicted_bytes, run_case
 from .processes import in_process
 
@@ -45,7 +46,8 @@ def to_json(self:AccumulationBenchmark,
 ):
     "The result as JSON"
     text = json.dumps(asdict(self), indent=1)+'\n'
-    return text if path is None else Path(path).write_text(text, encoding='utf-8')
+    if path is not None: write_file(path, text)
+    return text
 
 @patch(cls_method=True)
 def from_json(cls:AccumulationBenchmark,

@@ -18,8 +18,8 @@ from fastai.torch_core import get_random_states, set_random_states, to_concat, t
 from fastcore.basics import patch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .batches import (batch_size, check_learner, even_chunks, is_out_of_memory,
-                                            show_items, whole_again)
+from .batches import batch_size, check_learner, even_chunks, is_out_of_memory
+from .batches import show_items, whole_again
 from .chunks import learner_chunk_loss
 from .whole_head import backward_in_chunks, body_and_head, features_in_chunks
 from ..core.tensors import restore_buffers

@@ -6,6 +6,7 @@
 __all__ = ['written_whole', 'write_file']
 
 # %% ../../nbs/paddy_multi/core/02_files.ipynb #c003
+import glob
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +18,25 @@ def written_whole(
 ): # Gives the path to write to inside the block, in the same folder
     "`file` appears when the block ends well; after an error it is as it was, and nothing else is left"
     file = Path(file)
+    _remove_leftovers(file)
     part = file.with_name(f'{file.name}.{os.getpid()}.part')
     try:
         yield part
         with part.open('rb+') as written: os.fsync(written.fileno())
         part.replace(file)
     finally: part.unlink(missing_ok=True)
+
+def _remove_leftovers(file):
+    "Remove what processes that have ended left unfinished of `file`"
+    for part in file.parent.glob(f'{glob.escape(file.name)}.*.part'):
+        process = part.name.split('.')[-2]
+        if process.isdecimal() and not _is_running(int(process)): part.unlink(missing_ok=True)
+
+def _is_running(process):
+    try: os.kill(process, 0)
+    except ProcessLookupError: return False
+    except OSError: return True  # another user's
+    return True
 
 # %% ../../nbs/paddy_multi/core/02_files.ipynb #c010
 def write_file(

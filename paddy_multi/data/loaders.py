@@ -136,8 +136,8 @@ def from_df(cls:MultiTargetDataLoaders,
 # %% ../../nbs/paddy_multi/data/04_loaders.ipynb #n014
 def _warn_of_words(df, text, targets):
     "Words of label columns that pandas has read as a missing value are warned of, since they may be classes"
-    names = targets.names if isinstance(targets, Targets) else targets or []
-    for col in df.columns.intersection(list(names)):
+    names = targets.names if isinstance(targets, Targets) else targets
+    for col in df.columns.intersection([] if names is None else list(names)):
         words = set(text[col][df[col].isna()]) - {'', 'NaN', 'nan'}
         if not words: continue
         warnings.warn(f'{col}: {first_few(words)} read as a missing label: if it is a class, read the table with '

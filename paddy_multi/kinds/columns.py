@@ -56,6 +56,9 @@ def target_of(
 )->Target: # It reads the column by its name
     "The target for a column of a table; `ValueError` for a kind that nobody has declared"
     if isinstance(kind, Target): return kind.for_column(col)
+    if isinstance(kind, type) and issubclass(kind, Target):
+        raise ValueError(f'{name}: expected a kind or a target, found the class {kind.__name__}: '
+                         f'write {kind.__name__}()')
     kinds = all_kinds()
     if kind is not None and kind not in kinds:
         raise ValueError(f'{name}: expected a kind of {list(kinds)} or a target, found {kind!r}')

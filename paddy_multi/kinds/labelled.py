@@ -47,8 +47,23 @@ class TargetLabels:
         if len(valid) and not others:
             warnings.warn(f'{name}: no item outside the training split has a label, so its metrics will be nan')
         res._fit(have, others)
+        res._check_label(have[0])
         res._set_loss()
+        res._check_answers()
         return res
+
+    def _check_label(self, label):
+        "`ValueError` for a label that is not `n_cols` numbers"
+        numbers = self.encode(label)
+        if isinstance(numbers, (list, tuple)) and len(numbers) == self.n_cols: return
+        raise ValueError(f'{self.name}: _encode of {type(self).__name__} gives {numbers!r} for {label!r}, '
+                         f'expected a list of n_cols={self.n_cols} numbers')
+
+    def _check_answers(self): pass
+    def _fit(self, train, valid): self._must('learn from labels in _fit')
+    def _encode(self, label): self._must('give a list of numbers in _encode')
+    def _decode(self, row): self._must('give the label of a row in _decode')
+    def _must(self, do): raise NotImplementedError(f'{type(self).__name__} should {do}')
 
     def reading(self,
         get, # Function of an item
@@ -62,7 +77,12 @@ class TargetLabels:
         label, # A label as it stands in a column
     )->list: # `n_cols` numbers, NaN for a missing label
         "`label` as numbers; `ValueError` for one that the target does not know"
-        return [math.nan]*self.n_cols if is_missing(label) else self._encode(label)
+        if is_missing(label): return [math.nan]*self.n_cols
+        numbers = self._encode(label)
+        if any(number != number for number in numbers):
+            raise ValueError(f'{self.name}: {label!r} is encoded as {numbers}, and NaN stands for a missing label: '
+                             'give None where a part of it is unknown')
+        return numbers
 
     def decode(self,
         row:Tensor, # Label columns of one item `[n_cols]`
@@ -74,12 +94,13 @@ class TargetLabels:
         y:Tensor, # Label columns `[n, n_cols]`
     )->Tensor: # `[n]` of bools
         "Which rows of `y` hold a label"
-        return ~y[:,0].isnan()
+        return ~(y[:,0].isnan() if self.n_cols == 1 else y.isnan().any(1))
 
 # %% ../../nbs/paddy_multi/kinds/01_labelled.ipynb #c011
 class TargetLoss(TargetLabels):
     "A target with its loss by item"
     def _for_loss(self, y): return y
+    def _losses(self, preds, y): self._must('give the loss of each item, [n], in _losses')
 
     def _set_loss(self):
         "Wrap the user's own loss, and try it once"
@@ -136,8 +157,11 @@ _not_in_a_batch = {'get', 'name', 'metrics', 'n_train', 'n_labels', 'out', 'cols
 class GroupedTarget(TargetLoss):
     "A target that knows which others can be computed in one call with it"
     def group_key(self)->tuple:
-        "Targets with equal keys have one loss: the same class, widths, and values of what it reads"
-        if self.loss is not None: return (id(self),)
+        "Targets with equal keys have one loss: that of the kind, or of one target alone where the user gave one"
+        return self.batch_key() if self.loss is None else (id(self),)
+
+    def batch_key(self)->tuple:
+        "Targets with equal keys are alike in a batch: the same class, widths, and values of what it reads"
         names = vars(type(self)).get('reads', sorted(vars(self).keys() - _not_in_a_batch))
         return type(self),self.width,self.n_cols,*((name, _comparable(getattr(self, name))) for name in names)
 

@@ -41,7 +41,12 @@ class NumberTarget(Target):
 
     def item_values(self, metric):
         from fastai.metrics import mae
-        if metric is mae: return lambda preds, y: (self.activation(preds)-y)[:,0].abs()
+        if metric is mae and self._is_linear(): return lambda preds, y: (self.activation(preds)-y)[:,0].abs()
+
+    def _is_linear(self):
+        "Is 1 in the column `scale` units of the label wherever it is?"
+        steps = self.to_units(torch.arange(4, dtype=torch.float64)).diff()
+        return torch.allclose(steps, torch.full_like(steps, self.scale), rtol=1e-3)
 
 
 # %% ../../nbs/paddy_multi/kinds/05_regression.ipynb #c009

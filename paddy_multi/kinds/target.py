@@ -9,6 +9,7 @@ __all__ = ['Target', 'is_missing']
 import warnings
 from operator import itemgetter
 
+import torch
 from torch import Tensor
 
 from ..core.values import is_missing
@@ -63,6 +64,20 @@ class TargetPredictions(GroupedTarget):
         "How `metric` is a mean over items, so that it is computed for many targets at once; times `scale` in its unit"
         return None
 
+    def _check_answers(self):
+        "`ValueError` for answers that do not fit each other, tried on four random labels"
+        rng = torch.Generator().manual_seed(0)
+        preds,y = torch.randn(4, self.width, generator=rng),self.random_rows(4, rng)
+        acts = self.activation(preds)
+        expected = dict(random_rows=(y, (4, self.n_cols)), activation=(acts, (4, self.width)),
+                        to_rows=(self.to_rows(acts), (4, self.n_cols)),
+                        losses=(self.losses(preds, y), (4,)), counts=(self.counts(y), (4,)))
+        for answer, (found, shape) in expected.items():
+            if found.shape == shape: continue
+            raise ValueError(f'{self.name}: {answer} of {type(self).__name__} gives {list(found.shape)} for 4 items, '
+                             f'expected {list(shape)} with width={self.width} and n_cols={self.n_cols}')
+        self.decode(self.to_rows(acts)[0])
+
     def prepared(self,
         metric, # A fastai `Metric` of its own, which may be changed
     ): # `metric`
@@ -75,6 +90,9 @@ registry = {} # Classes by the name of their kind
 def register(cls):
     "Make `cls` known by its kind; a name that another class had changes its meaning, which is warned of"
     before,name = registry.get(cls.kind),f'{cls.__module__}.{cls.__qualname__}'
+    ours = 'paddy_multi.kinds.'
+    # A user's was declared first
+    if before and name.startswith(ours) and not before.__module__.startswith(ours): return
     if before and name != f'{before.__module__}.{before.__qualname__}':
         warnings.warn(f'the kind {cls.kind!r} is {name} from now on, and was '
                       f'{before.__module__}.{before.__qualname__}', stacklevel=3)
@@ -111,8 +129,8 @@ class Target(TargetPredictions):
     )->Tensor: # `[n]` of bools
         "Which predictions are wrong: another label, or a number off by more than `off_by`, by `std` if not given"
         if not self.is_number: return (y != rows).any(1)
-        limit = self.std if off_by is None else off_by
-        return (y-rows).abs()[:,0]*self.scale > limit
+        off = self.to_units(y.double()) - self.to_units(rows.double())
+        return off.abs()[:,0] > (self.std if off_by is None else off_by)
 
     def check_like(self,
         other:'Target', # The same target of another learner
@@ -122,6 +140,14 @@ class Target(TargetPredictions):
         if other.kind != self.kind:
             raise ValueError(f'{self.name}: a {other.kind} in learner {i}, a {self.kind} in the first: '
                              'declare it alike')
+        if type(self).aligned is Target.aligned and self._learned() != other._learned():
+            raise ValueError(f'{self.name}: {other._learned()} in learner {i}, {self._learned()} in the first, and '
+                             f'{type(self).__name__} does not say how to bring one to the other: write aligned')
+
+    def _learned(self):
+        "What was learned from the labels, beside how it is used"
+        used = {'name', 'get', 'weight', 'loss', 'metrics', 'n_train', 'n_labels', 'out', 'cols'}
+        return {key: value for key, value in vars(self).items() if key not in used and not key.startswith('_')}
 
     def aligned(self,
         acts:Tensor, # Activations `[n, width]` of this target

@@ -135,14 +135,17 @@ class ItemMeans:
         targets:list, # Fitted targets of one `group_key`
         metric, # A metric for which their kind gives a value for each item
     ):
-        self.group,self.metric = TargetGroup(targets),metric
+        self.group,self.metric,self._values = TargetGroup(targets),metric,None
         self.scale = torch.tensor([float(t.scale) for t in targets])
 
     def __call__(self, preds, targs):
+        if self._values is None: self._values = self.group.target.item_values(self.metric)
         p,y,valid = self.group.rows(preds, targs)
-        values = self.group.target.item_values(self.metric)(p, y).float()
+        values = self._values(p, y).float()
         values = torch.where(valid, values, 0.)*self.scale.to(values).repeat(len(preds))
         return tuple(o.view(len(preds), -1).sum(0) for o in (values, valid.to(values)))
+
+    def __getstate__(self): return {**self.__dict__, '_values': None}  # a function made here is not pickled
 
 def metrics_together(
     wanted:list, # Pairs of a fitted target and one of its metrics
@@ -152,11 +155,20 @@ def metrics_together(
     for target, metric in wanted:
         if target.item_values(metric) is None: res.append(TargetMetric(target, metric))
         else:
-            members,sums = groups.setdefault((metric, target.group_key()), ([], SharedSums(None)))
+            key = metric,target.batch_key()
+            if key in groups and not _same_values(groups[key][0][0], target, metric): key = *key,target.name
+            members,sums = groups.setdefault(key, ([], SharedSums(None)))
             res.append(TargetMean(name_of(target, mk_metric(metric)), sums, len(members)))
             members.append(target)
-    for (metric, _), (members, sums) in groups.items(): sums.parts = ItemMeans(members, metric)
+    for (metric, *_), (members, sums) in groups.items(): sums.parts = ItemMeans(members, metric)
     return res
+
+def _same_values(first, target, metric):
+    "Whether `first` gives the values that `target` itself would give, in units of their columns"
+    rng = torch.Generator().manual_seed(0)
+    preds,y = torch.randn(16, target.width, generator=rng),target.random_rows(16, rng)
+    ours,theirs = (t.item_values(metric)(preds, y).float() for t in (first, target))
+    return torch.allclose(ours, theirs, rtol=1e-4)
 
 # %% ../../nbs/paddy_multi/targets/05_metrics.ipynb #c028
 class TotalLoss(Metric):

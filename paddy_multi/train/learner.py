@@ -57,7 +57,7 @@ def check_batches(
                           'mostly noise: use a larger batch, or lower its weight')
 
 # %% ../../nbs/paddy_multi/train/01_learner.ipynb #c015
-def table_of(
+def declared_targets(
     dls, # `DataLoaders`
 ): # `TargetTable`
     "The fitted targets of `dls`; `TypeError` without any"
@@ -95,7 +95,7 @@ def multi_target_learner(
     **kwargs, # Passed to `vision_learner`, or for a body to `Learner`
 )->Learner:
     "A learner for all targets of `dls`, with output, loss, metrics; `ValueError` or `TypeError` for what does not fit"
-    table = table_of(dls)
+    table = declared_targets(dls)
     if weighting not in ('fixed', 'uncertainty'):
         raise ValueError(f"expected weighting 'fixed' or 'uncertainty', found {weighting!r}")
     if (n_out := kwargs.pop('n_out', table.n_out)) != table.n_out:

@@ -56,7 +56,7 @@ def write_lines(ax, lines):
     for i, (text, color) in enumerate(reversed(lines)):
         ax.annotate(text, (.5, 1), xytext=(0, 3+11*i), color=color, **place)
 
-def show_items(samples, lines, ctxs=None, nrows=None, ncols=None, figsize=None, title=None, **kwargs):
+def draw_items(samples, lines, ctxs=None, nrows=None, ncols=None, figsize=None, title=None, **kwargs):
     "The pictures of each sample with its lines above the first"
     n_inp = len(samples[0])-1
     if ctxs is None: ctxs = grid_for(len(lines), n_inp, len(lines[0]), nrows, ncols, figsize, title=title)
@@ -71,16 +71,16 @@ _pictures = (TensorImage, TensorTargets),(tuple, TensorTargets)
 
 @dispatch.multi(*((*o, object) for o in _pictures))
 def show_batch(x, y, samples, max_n=9, **kwargs):
-    return show_items(samples[:max_n], [label_lines(s[-1]) for s in samples[:max_n]], **kwargs)
+    return draw_items(samples[:max_n], [label_lines(s[-1]) for s in samples[:max_n]], **kwargs)
 
 @dispatch.multi(*((*o, object, object) for o in _pictures))
 def show_results(x, y, samples, outs, max_n=9, **kwargs):
     lines = [result_lines(s[-1], o[0]) for s, o in zip(samples[:max_n], outs)]
-    return show_items(samples, lines, title='prediction (label)', **kwargs)
+    return draw_items(samples, lines, title='prediction (label)', **kwargs)
 
 @dispatch.multi(*((*o, object, object, object, object) for o in _pictures))
 def plot_top_losses(x, y, samples, outs, raws, losses, **kwargs):
     lines = []
     for s, o, loss in zip(samples, outs, losses):
         lines.append([*result_lines(s[-1], o[0]), (f'loss {float(loss):.2f}', 'black')])
-    return show_items(samples, lines, title='prediction (label)', **kwargs)
+    return draw_items(samples, lines, title='prediction (label)', **kwargs)
