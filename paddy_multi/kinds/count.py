@@ -32,21 +32,29 @@ class CountTarget(NumberTarget):
         "`label` as a float; `ValueError` for what is no count"
         number = super()._number(label)
         if number < 0 or not number.is_integer():
-            raise ValueError(f'{self.name}: expected a count, a whole number of 0 or more, found {label!r}: '
-                             'use RegressionTarget for amounts')
+            raise ValueError(f'{self.name}: expected a count, a whole number of 0 or more, '
+                             f'found {label!r}: use RegressionTarget for amounts')
         if number > self.largest:
-            raise ValueError(f'{self.name}: expected a count up to {self.largest:,}, found {label!r}: '
+            raise ValueError(f'{self.name}: expected a count up to {self.largest:,}, '
+                             f'found {label!r}: '
                              'use RegressionTarget')
         return number
 
     def _encode(self, label): return [self._number(label)/self.mean]
-    def _decode(self, row): return float(f'{float(row[0])*self.mean:.7g}')  # to what float32 holds
-    def _losses(self, preds, y): return F.poisson_nll_loss(preds, y, log_input=True, reduction='none')[:,0]
+    def _decode(self, row):
+        return float(f'{float(row[0])*self.mean:.7g}')  # to what float32 holds
+
+    def _losses(self, preds, y):
+        return F.poisson_nll_loss(preds, y, log_input=True, reduction='none')[:,0]
+
     def activation(self, preds): return preds.exp()
     def to_units(self, column): return column*self.mean
     def aligned(self, acts, ref): return acts*self.mean/ref.mean
-    def for_metric(self, preds, y): return self.to_units(self.activation(preds)[:,0]),self.to_units(y[:,0])
+    def for_metric(self, preds, y):
+        return self.to_units(self.activation(preds)[:,0]),self.to_units(y[:,0])
+
     def default_metrics(self): return [*super().default_metrics(), poisson_deviance_error]
     def item_values(self, metric):
         if metric is not poisson_deviance_error: return super().item_values(metric)
-        return lambda preds, y: item_deviances(self.activation(preds), y)[:,0]  # in proportion to the unit
+        # A deviance is in proportion to the unit, as `scale` asks
+        return lambda preds, y: item_deviances(self.activation(preds), y)[:,0]
