@@ -283,6 +283,14 @@ def test_stars_of_all_four_together():
     assert printed == 'Embedding EmbeddingNN\n'
 
 
+@pytest.mark.parametrize('package', PACKAGES)
+def test_all_alone_gives_learners_their_schedule_and_bar(package):
+    printed = in_fresh_process(
+        f'from {package}.all import *', 'from fastai.learner import Learner, defaults',
+        "print(hasattr(Learner, 'fit_one_cycle'), 'ProgressCallback' in [o.__name__ for o in defaults.callbacks])")
+    assert printed == 'True True\n'
+
+
 # --- what a package needs -------------------------------------------------------------------------------------------
 BLOCK = """
 import sys
