@@ -112,6 +112,13 @@ class Target(TargetPredictions):
         super().__init_subclass__(**kwargs)
         if vars(cls).get('kind'): register(cls)
 
+    def _check_answers(self):
+        "`ValueError` for answers that do not fit each other; tables and plots show the one column of a number"
+        super()._check_answers()
+        if self.is_number and self.n_cols > 1:
+            raise ValueError(f'{self.name}: a number has one label column, and {type(self).__name__} has '
+                             f'n_cols={self.n_cols}: say is_number = False')
+
     def for_column(self,
         col, # Column of a table, a pandas Series
     )->'Target': # A copy
@@ -147,7 +154,7 @@ class Target(TargetPredictions):
     def _learned(self):
         "What was learned from the labels, beside how it is used"
         used = {'name', 'get', 'weight', 'loss', 'metrics', 'n_train', 'n_labels', 'out', 'cols'}
-        return {key: value for key, value in vars(self).items() if key not in used and not key.startswith('_')}
+        return {key: repr(value) for key, value in vars(self).items() if key not in used and not key.startswith('_')}
 
     def aligned(self,
         acts:Tensor, # Activations `[n, width]` of this target

@@ -50,6 +50,11 @@ class TargetTable:
     vocabs = property(lambda self: {t.name: t.vocab for t in self}, doc='Classes by name, None for a number')
     weights = property(lambda self: {t.name: t.weight for t in self}, doc='Factor in the loss by name')
 
+    def __getattr__(self, name):  # for names that are not there
+        if name in ('loss', 'metrics'):
+            raise AttributeError(f'a table gets its {name} where fastai is loaded: run import paddy_multi.all first')
+        raise AttributeError(f'a table has no attribute {name!r}')
+
     def __len__(self): return len(self._all)
     def __iter__(self): return iter(self._all.values())
     def __getitem__(self, name):
