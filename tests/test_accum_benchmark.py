@@ -369,6 +369,7 @@ def test_a_budget_that_cannot_be_read(kwargs, text):
 # --- clean-up -------------------------------------------------------------------------------------------------------
 @linux
 def test_the_last_error_no_longer_holds_its_tensors():
+    free_memory()  # of what tests before this one left in the process
     def fails():
         big = torch.ones(25_000_000)  # 100 MB
         raise ValueError(len(big))
