@@ -21,6 +21,7 @@ from fastcore.basics import patch
 from ..core.values import first_few
 from ..targets.declare import Targets
 from ..targets.encoded import by_name
+from ..targets.table import TargetTable
 
 # %% ../../nbs/paddy_multi/data/04_loaders.ipynb #n000
 def _meant_by(names, files, folder):
@@ -70,16 +71,19 @@ class _by_path(by_name):
     def key_of(self, item): return str(item)
 
 def _looked_up(declared, table):
-    "`declared` with every column looked up by the picture's path"
-    return Targets({name: declared[name].reading(_by_path(table, _file, name)) for name in declared.names})
+    "`declared`, or a fitted table, with every column looked up by the picture's path"
+    return type(declared)({name: declared[name].reading(_by_path(table, _file, name)) for name in declared.names})
 
 # %% ../../nbs/paddy_multi/data/04_loaders.ipynb #n005
-def _check_table(df, fn_col, targets, valid_col, splitter):
+def _check_table(df, fn_col, targets, kinds, valid_col, splitter):
     "`KeyError` or `ValueError` for arguments of `from_df` that do not go with the table `df`"
-    missing = [o for o in (fn_col, valid_col) if o is not None and o not in df.columns]
+    needed = [o for o in (fn_col, valid_col) if o is not None] + getattr(targets, 'names', [])
+    missing = [o for o in needed if o not in df.columns]
     if missing: raise KeyError(f'no column {missing} in the table: it holds {list(df.columns)}')
     if targets is None:
         raise ValueError(f'expected the label columns, as targets=[...] of {list(df.columns.drop(fn_col))}')
+    if kinds and isinstance(targets, (Targets, TargetTable)):
+        raise ValueError(f'kinds={kinds} would change nothing, as the targets are declared: leave one of the two out')
     if valid_col and splitter: raise ValueError('give valid_col or splitter, not both')
     if df.empty: raise ValueError('expected a row a picture, found a table without rows')
 
@@ -109,7 +113,7 @@ class MultiTargetDataLoaders(DataLoaders):
 def from_df(cls:MultiTargetDataLoaders,
     df:pd.DataFrame, # Table with one row a picture
     path:str|Path='.', # Folder that `folder` stands in
-    targets:list|Targets=None, # Label columns, or `Targets` declared for the columns
+    targets:list|Targets|TargetTable=None, # Label columns, `Targets` declared for them, or the table of other loaders
     kinds:dict=None, # Kind or target by column, as in `Targets.from_df`
     fn_col:str=None, # Column with the names of the pictures, the first by default
     folder:str='', # Folder of the pictures in `path`
@@ -125,8 +129,8 @@ def from_df(cls:MultiTargetDataLoaders,
 )->'MultiTargetDataLoaders':
     "From a table of names and labels beside a folder of pictures"
     fn_col = df.columns[0] if fn_col is None else fn_col
-    _check_table(df, fn_col, targets, valid_col, splitter)
-    declared = targets if isinstance(targets, Targets) else Targets.from_df(df, targets, kinds)
+    _check_table(df, fn_col, targets, kinds, valid_col, splitter)
+    declared = targets if isinstance(targets, (Targets, TargetTable)) else Targets.from_df(df, targets, kinds)
     files = match_files(df[fn_col].astype(str)+suff, Path(path)/folder)
     looked_up = _looked_up(declared, df.assign(**{_file: [str(f) for f in files]}))
     splitter = _row_splitter(df, valid_col, splitter, valid_pct, seed)
@@ -136,7 +140,7 @@ def from_df(cls:MultiTargetDataLoaders,
 # %% ../../nbs/paddy_multi/data/04_loaders.ipynb #n014
 def _warn_of_words(df, text, targets):
     "Words of label columns that pandas has read as a missing value are warned of, since they may be classes"
-    names = targets.names if isinstance(targets, Targets) else targets
+    names = getattr(targets, 'names', targets)
     for col in df.columns.intersection([] if names is None else list(names)):
         words = set(text[col][df[col].isna()]) - {'', 'NaN', 'nan'}
         if not words: continue
@@ -173,7 +177,7 @@ def _by_folder(path, train, valid):
 @patch(cls_method=True)
 def from_folder(cls:MultiTargetDataLoaders,
     path:str|Path, # Folder of pictures
-    targets:Targets=None, # Targets with functions of a path, such as `CategoryTarget(parent_label)`
+    targets:Targets|TargetTable=None, # With functions of a path, such as `CategoryTarget(parent_label)`, or fitted ones
     train:str=None, # Folder of the training split, with `valid`, instead of a random split
     valid:str=None, # Folder of the validation split
     valid_pct:float=.2, # Share of the validation split
@@ -185,7 +189,7 @@ def from_folder(cls:MultiTargetDataLoaders,
     **kwargs, # Passed to `dataloaders`, such as `bs`
 )->'MultiTargetDataLoaders':
     "From a folder whose paths tell the labels"
-    if not isinstance(targets, Targets):
+    if not isinstance(targets, (Targets, TargetTable)):
         raise TypeError(f'expected Targets(name=CategoryTarget(function of a path), ...), found {targets!r}')
     if (train is None) != (valid is None):
         raise ValueError(f'give both train and valid, or neither; found train={train!r}, valid={valid!r}')

@@ -6,6 +6,9 @@
 __all__ = ['Targets', 'EncodeTargets']
 
 # %% ../../nbs/paddy_multi/targets/06_declare.ipynb #c003
+import warnings
+from copy import copy
+
 import pandas as pd
 from fastai.data.block import TransformBlock
 from fastai.data.core import Transform
@@ -47,8 +50,8 @@ class Targets:
     )->TargetTable:
         "Fit every target on the training labels; `ValueError` for labels that cannot be learned from"
         def of(name, rows): return [row.get(name) for row in rows]
-        return TargetTable({name: t.fit(name, of(name, train), of(name, valid))
-                            for name, t in self._declared.items()})
+        fitted = {name: t.fit(name, of(name, train), of(name, valid)) for name, t in self._declared.items()}
+        return TargetTable({name: t.reading(self[name].get) for name, t in fitted.items()})
 
 def _check_target(name, target, declared):
     "`TypeError` or `ValueError` for what is no target, or a name that a table of results has already"
@@ -76,21 +79,36 @@ def from_df(cls:Targets,
         raise ValueError(f'kinds names {extra}, which are none of the label columns {list(cols)}')
     return cls({c: target_of(df[c], c, kinds.get(c)) for c in cols})
 
+# %% ../../nbs/paddy_multi/targets/06_declare.ipynb #n100
+class GetLabels(Transform):  # fastai wraps a plain callable in a closure, which could not be pickled
+    "Labels of an item by target name; `ValueError` for a target that does not say where its label is found"
+    def __init__(self,
+        getters:dict, # Functions of an item by target name
+    ):
+        if unset := [name for name, get in getters.items() if get is None]:
+            raise ValueError(f'{unset} have no function that gives the label of an item: '
+                             'give it as the first argument of each target')
+        self.getters = getters
+
+    def __call__(self, item, **kwargs): return {name: get(item) for name, get in self.getters.items()}
+    def decode(self, o, **kwargs): return o
+
 # %% ../../nbs/paddy_multi/targets/06_declare.ipynb #e002
 class EncodeTargets(Transform):
     "Labels by name to a row of `TensorTargets`, and back to a `TargetRow`"
     order = 1
     def __init__(self,
-        declared=None, # `Targets` to be fitted by `setup`
-    ): self.declared,self.targets = declared,None
+        fit=None, # Function of the labels of training items and of all others that gives a `TargetTable`
+    ): self.fit,self.targets = fit,None
 
     def setup(self, items=None, train_setup=False):
         "Fit the targets on the training split of `items`"
         if items is None or self.targets is not None: return
-        check_items(self.declared.getters, items.items)
+        for tfm in items.tfms.fs:
+            if isinstance(tfm, GetLabels): check_items(tfm.getters, items.items)
         train,*others = ([*items.subset(i)] for i in range(items.n_subsets))
-        self.targets = self.declared.fit(train, [o for split in others for o in split])
-        self.declared,self.c = None,self.targets.n_out
+        self.targets = self.fit(train, [o for split in others for o in split])
+        self.fit,self.c = None,self.targets.n_out
 
     @property
     def loss_func(self): return self.targets.loss()
@@ -102,21 +120,60 @@ class EncodeTargets(Transform):
 @patch(as_prop=True)
 def block(self:Targets)->TransformBlock:
     "A block whose every use fits a table of its own"
+    return _block_of(self.fit)
+
+def _block_of(fit):
     class EncodeDeclared(EncodeTargets):
-        def __init__(self): super().__init__(declared)
-    declared = self
+        def __init__(self): super().__init__(fit)
     return TransformBlock(type_tfms=[EncodeDeclared])
 
 @patch(as_prop=True)
-def get_y(self:Targets):
+def get_y(self:Targets)->GetLabels:
     "Labels of an item by name"
-    if unset := [name for name, get in self.getters.items() if get is None]:
-        raise ValueError(f'{unset} have no function that gives the label of an item: '
-                         f'write {type(self[unset[0]]).__name__}(function)')
-    return _GetLabels(self.getters)
+    return GetLabels(self.getters)
 
-class _GetLabels(Transform):  # fastai wraps a plain callable in a closure, which could not be pickled
-    "Labels of an item by target name"
-    def __init__(self, getters): self.getters = getters
-    def __call__(self, item, **kwargs): return {name: get(item) for name, get in self.getters.items()}
-    def decode(self, o, **kwargs): return o
+# %% ../../nbs/paddy_multi/targets/06_declare.ipynb #n103
+@patch
+def count(self:TargetTable,
+    train:list, # Labels by name of the training items
+    valid:list=(), # Labels by name of all others
+)->TargetTable: # A copy; what was learned stays
+    "Count the labels of other data; `ValueError` for those that this table does not know"
+    return TargetTable({t.name: _counted(t, [row.get(t.name) for row in train], [row.get(t.name) for row in valid])
+                        for t in self})
+
+def _counted(target, train, valid):
+    "`target` with the numbers of labels in `train`"
+    known = _are_labels(target, train+valid)
+    if len(valid) and not any(known[len(train):]):
+        warnings.warn(f'{target.name}: no item outside the training split has a label, so its metrics will be nan')
+    res = copy(target)
+    res.n_train,res.n_labels = len(train),sum(known[:len(train)])
+    return res
+
+def _are_labels(target, labels):
+    "For each of `labels` whether it is one, False for a missing one; `ValueError` for those that `target` refuses"
+    res,refused = [],{}
+    for o in labels:
+        try: res.append(not any(number != number for number in target.encode(o)))
+        except ValueError as e: refused.setdefault(repr(o), e)
+        except TypeError: refused.setdefault(repr(o), f'{target.name}: {o!r} is no label of a {target.kind}')
+    if not refused: return res
+    raise ValueError(f'{next(iter(refused.values()))}; {len(refused)} different labels do not fit the targets that '
+                     'were fitted before: leave their rows out, or fit new targets and train a new learner')
+
+# %% ../../nbs/paddy_multi/targets/06_declare.ipynb #n105
+@patch(as_prop=True)
+def block(self:TargetTable)->TransformBlock:
+    "A block that encodes with this table"
+    return _block_of(self.count)
+
+@patch(as_prop=True)
+def getters(self:TargetTable)->dict:
+    "Functions of an item by name"
+    return {t.name: t.get for t in self}
+
+@patch(as_prop=True)
+def get_y(self:TargetTable)->GetLabels:
+    "Labels of an item by name, read as they were for the table"
+    return GetLabels(self.getters)
