@@ -38,19 +38,21 @@ def _is_running(process):
 
 # %% ../../nbs/paddy_multi/core/02_files.ipynb #n010
 # Parts of the messages of torch's writers, whose errors have no kind of their own
-_torch_says = 'unexpected pos', 'basic_ios::clear', 'PytorchStreamWriter failed', 'write(): fd'
+_torch_says = ('unexpected pos', 'basic_ios::clear', 'PytorchStreamWriter failed', 'write(): fd',
+               'open file failed', 'Parent directory')
 
 @contextmanager
 def _errors_name(file, part):
     "Errors of the disk inside the block name `file`, not the `part` that was written to"
     try: yield
     except OSError as e:
-        if e.errno is not None and (e.filename is None or str(e.filename).startswith(str(part))):
-            e.filename,e.filename2 = str(file),None
-        raise
+        named = str(e.filename or part)
+        if e.errno is None or not named.startswith(str(part)): raise
+        inside = named.removeprefix(str(part)).removeprefix('/new')
+        raise OSError(e.errno, e.strerror, f'{file}{inside}') from e
     except RuntimeError as e:
         if not any(o in str(e) for o in _torch_says): raise
-        why = f'torch could not write it, as on a full disk or above a limit of file sizes ({e})'
+        why = f'torch could not write it, as on a full disk or above a limit of file sizes ({str(e).splitlines()[0]})'
         raise OSError(errno.EIO, why, str(file)) from e
 
 # %% ../../nbs/paddy_multi/core/02_files.ipynb #n012
@@ -96,7 +98,7 @@ def _finish_moving(folder):
     "Move what a killed `written_together` had ready for `folder`"
     moving = folder/'.moving'
     if not moving.exists(): return
-    for new in (moving/'new').iterdir(): new.replace(folder/new.name)
+    for new in (moving/'new').glob('*'): new.replace(folder/new.name)
     _sync_folder(folder)
     shutil.rmtree(moving)
 
@@ -149,7 +151,7 @@ def _move(folder, part, names):
         for o in names: _put_back(folder, moving, o)
         moving.replace(part)
         raise
-    moving.replace(part)  # which is removed
+    shutil.rmtree(moving, ignore_errors=True)
 
 # %% ../../nbs/paddy_multi/core/02_files.ipynb #n032
 def _flock(opened):
