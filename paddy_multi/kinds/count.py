@@ -9,7 +9,9 @@ __all__ = ['CountTarget']
 import torch
 import torch.nn.functional as F
 
-from .regression import NumberTarget
+from .losses import torch_name
+from .regression import NumberTarget, link_of
+from .target import in_double
 
 # %% ../../nbs/paddy_multi/kinds/07_count.ipynb #c007
 def poisson_deviance_error(
@@ -26,7 +28,9 @@ def item_deviances(preds, targs):
 # %% ../../nbs/paddy_multi/kinds/07_count.ipynb #c010
 class CountTarget(NumberTarget):
     "A count, learned as the logarithm of a rate with Poisson's loss"
-    kind,reads,largest = 'count',(),10**6
+    kind,reads = 'count',()
+    fits = 'PoissonNLLLoss','poisson_nll_loss'  # of log-rates
+    noun,largest,instead = 'count',10**6,'use RegressionTarget'
     scale = property(lambda self: self.mean)
     def _number(self, label):
         "`label` as a float; `ValueError` for what is no count"
@@ -34,22 +38,23 @@ class CountTarget(NumberTarget):
         if number < 0 or not number.is_integer():
             raise ValueError(f'{self.name}: expected a count, a whole number of 0 or more, '
                              f'found {label!r}: use RegressionTarget for amounts')
-        if number > self.largest:
-            raise ValueError(f'{self.name}: expected a count up to {self.largest:,}, '
-                             f'found {label!r}: '
-                             'use RegressionTarget')
         return number
 
     def _encode(self, label): return [self._number(label)/self.mean]
     def _decode(self, row):
         return float(f'{float(row[0])*self.mean:.7g}')  # to what float32 holds
 
+    def _check_fits(self):
+        super()._check_fits()
+        if torch_name(self.loss) and link_of(self.loss) is None:
+            raise ValueError(f'{self.name}: the output of a count is a log-rate: leave log_input=False out')
+
     def _losses(self, preds, y):
         return F.poisson_nll_loss(preds, y, log_input=True, reduction='none')[:,0]
 
     def activation(self, preds): return preds.exp()
-    def to_units(self, column): return column*self.mean
-    def aligned(self, acts, ref): return acts*self.mean/ref.mean
+    def to_units(self, column): return in_double(column)*self.mean
+    def aligned(self, acts, ref): return in_double(acts)*(self.mean/ref.mean)
     def for_metric(self, preds, y):
         return self.to_units(self.activation(preds)[:,0]),self.to_units(y[:,0])
 

@@ -9,13 +9,13 @@ __all__ = []
 import math
 import warnings
 from copy import copy
-from numbers import Number
+from numbers import Number, Real
 
 import torch
 from torch import Tensor
 
-from ..core.values import check_weight, is_missing
-from .losses import NamedLoss
+from ..core.values import check_weight, is_missing, largest
+from .losses import NamedLoss, torch_name
 
 # %% ../../nbs/paddy_multi/kinds/01_labelled.ipynb #c006
 class TargetLabels:
@@ -39,7 +39,7 @@ class TargetLabels:
         "Learn classes or scale from the training labels; `ValueError` for labels that cannot be learned from"
         res = copy(self)
         res.name,res.get = name,None
-        have,others = ([o for o in labels if not is_missing(o)] for labels in (train, valid))
+        have,others = ([o for o in labels if not res._is_missing(o)] for labels in (train, valid))
         res.n_train,res.n_labels = len(train),len(have)
         if not have:
             raise ValueError(f'{name}: none of the {len(train)} training items has a label: '
@@ -48,6 +48,8 @@ class TargetLabels:
             warnings.warn(f'{name}: no item outside the training split has a label, so its metrics will be nan')
         res._fit(have, others)
         res._check_label(have[0])
+        if res.n_cols == 1:
+            for label in (*have, *others): res.encode(label)
         res._set_loss()
         res._check_answers()
         return res
@@ -59,6 +61,7 @@ class TargetLabels:
         raise ValueError(f'{self.name}: _encode of {type(self).__name__} gives {numbers!r} for {label!r}, '
                          f'expected a list of n_cols={self.n_cols} numbers')
 
+    def _is_missing(self, label): return is_missing(label)
     def _check_answers(self): pass
     def _fit(self, train, valid): self._must('learn from labels in _fit')
     def _encode(self, label): self._must('give a list of numbers in _encode')
@@ -77,11 +80,14 @@ class TargetLabels:
         label, # A label as it stands in a column
     )->list: # `n_cols` numbers, NaN for a missing label
         "`label` as numbers; `ValueError` for one that the target does not know"
-        if is_missing(label): return [math.nan]*self.n_cols
+        if self._is_missing(label): return [math.nan]*self.n_cols
         numbers = self._encode(label)
         if any(number != number for number in numbers):
             raise ValueError(f'{self.name}: {label!r} is encoded as {numbers}, and NaN stands for a missing label: '
                              'give None where a part of it is unknown')
+        if any(isinstance(number, Real) and abs(number) > largest for number in numbers):
+            raise ValueError(f'{self.name}: {label!r} is encoded as {numbers}, and label columns hold numbers up to '
+                             f'{largest:g}, whose squares are finite in float32: mend that label')
         return numbers
 
     def decode(self,
@@ -99,19 +105,30 @@ class TargetLabels:
 # %% ../../nbs/paddy_multi/kinds/01_labelled.ipynb #c011
 class TargetLoss(TargetLabels):
     "A target with its loss by item"
+    fits = None # Names of PyTorch's losses that fit the kind, None for all
     def _for_loss(self, y): return y
+    def _preds_for_loss(self, preds): return preds
     def _losses(self, preds, y): self._must('give the loss of each item, [n], in _losses')
 
     def _set_loss(self):
         "Wrap the user's own loss, and try it once"
         self._one = NamedLoss(self.name, self.loss, self.width) if self.loss else None
+        self._check_fits()
         if self.loss: self._check_loss()
+
+    def _check_fits(self):
+        "`ValueError` for a loss of PyTorch's that is made for something else"
+        found = torch_name(self.loss)
+        if found is None or self.fits is None or found in self.fits: return
+        raise ValueError(f'{self.name}: {found} does not fit a {self.kind}: choose '
+                         f'{" or ".join(o for o in self.fits if o[0].isupper())}, or a function of your own')
 
     def losses(self,
         preds:Tensor, # Output columns `[n, width]` of items that have a label
         y:Tensor, # Label columns `[n, n_cols]`
     )->Tensor: # `[n]`
         "The loss of each item"
+        preds = self._preds_for_loss(preds)
         if not self._one: return self._losses(preds, y)
         move_weights(self.loss, preds.device)
         return self._one(preds, self._for_loss(y), 'none')
@@ -135,7 +152,7 @@ class TargetLoss(TargetLabels):
         preds,y = torch.randn(16, self.width, generator=rng),self.random_rows(16, rng)
         # First, since it brings class weights back that were left on a GPU
         ours = float(self.losses(preds, y).sum()/self.counts(y).sum())
-        own = float(self._one(preds, self._for_loss(y)))
+        own = float(self._one(self._preds_for_loss(preds), self._for_loss(y)))
         if not math.isclose(own, ours, rel_tol=1e-4):
             raise ValueError(f'{self.name}: the mean of {self.loss} ({own:.5g}) '
                              f'is not the mean of its items ({ours:.5g}), '
@@ -166,7 +183,8 @@ class GroupedTarget(TargetLoss):
         return type(self),self.width,self.n_cols,*((name, _comparable(getattr(self, name))) for name in names)
 
 def _comparable(value):
-    "Numbers and text as they are; anything else is equal to itself alone"
+    "Numbers, text and tuples of them as they are; anything else is equal to itself alone"
+    if type(value) is tuple: return tuple(map(_comparable, value))
     return value if value is None or isinstance(value, (str, Number)) else _Itself(value)
 
 class _Itself:

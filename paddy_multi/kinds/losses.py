@@ -30,12 +30,14 @@ def _softmax(x): return x.softmax(-1)
 def _exp(x): return x.exp()
 def _argmax(x): return x.argmax(-1)
 def _over_half(x): return (x > .5).float()
-def _same(x): return x
+def same(x): return x
 
 _category = Reading(_softmax, _argmax)
 _log_category = Reading(_exp, _argmax)
 _binary = Reading(torch.sigmoid, _over_half)
-_number = Reading(_same, _same)
+_probability = Reading(same, _over_half)
+_number = Reading(same, same)
+_rate = Reading(_exp, same)
 
 # %% ../../nbs/paddy_multi/kinds/00_losses.ipynb #c009
 def unbound(
@@ -49,6 +51,8 @@ _readings = {
     F.cross_entropy: _category, nn.CrossEntropyLoss: _category,
     F.nll_loss: _log_category, nn.NLLLoss: _log_category,
     F.binary_cross_entropy_with_logits: _binary, nn.BCEWithLogitsLoss: _binary,
+    F.binary_cross_entropy: _probability, nn.BCELoss: _probability,
+    F.poisson_nll_loss: _rate, nn.PoissonNLLLoss: _rate,
     F.mse_loss: _number, nn.MSELoss: _number,
     F.l1_loss: _number, nn.L1Loss: _number,
     F.smooth_l1_loss: _number, nn.SmoothL1Loss: _number,
@@ -58,9 +62,13 @@ def known_reading(
     loss, # A loss function or object
 )->Reading|None:
     "What PyTorch's own losses mean by their input, None for others"
-    loss = unbound(loss)
-    for o in (loss, *type(loss).__mro__):
-        if isinstance(o, Hashable) and o in _readings: return _readings[o]
+    full = unbound(loss)
+    for o in (full, *type(full).__mro__):
+        if isinstance(o, Hashable) and o in _readings: return _number if _takes_rates(loss) else _readings[o]
+
+def _takes_rates(loss):
+    "Is `loss` Poisson's, told to take rates rather than their logarithm?"
+    return not getattr(loss, 'keywords', {}).get('log_input', getattr(unbound(loss), 'log_input', True))
 
 # %% ../../nbs/paddy_multi/kinds/00_losses.ipynb #c015
 def reading_of(
@@ -75,6 +83,41 @@ def reading_of(
     raise TypeError(f'{name}: cannot tell how predictions for {fn} are read. '
                     f'Set {fn}.activation (logits to probabilities) and {fn}.decodes (probabilities to a label), '
                     'functions of a [bs, width] tensor')
+
+# %% ../../nbs/paddy_multi/kinds/00_losses.ipynb #924ea2ee
+def inner(
+    loss, # A loss function or object
+):
+    "`loss` without fastai's wrapper"
+    return getattr(unbound(loss), 'func', loss)
+
+def torch_name(
+    loss, # A loss function or object
+)->str|None: # As in 'BCEWithLogitsLoss' or 'mse_loss'
+    "What PyTorch calls the loss that `loss` is, wraps or binds; None for anyone else's"
+    full = unbound(inner(loss))
+    if getattr(full, '__module__', None) == F.__name__: return full.__name__
+    theirs = (o.__name__ for o in type(full).__mro__ if o.__module__ == nn.modules.loss.__name__)
+    return next((name for name in theirs if not name.startswith('_')), None)
+
+# %% ../../nbs/paddy_multi/kinds/00_losses.ipynb #7a678835
+def weights_of(
+    loss, # A module, fastai's wrapper of one, or a function with bound arguments
+)->dict: # Tensors by name, `weight` and `pos_weight`
+    "The class weights that a loss holds"
+    found = dict(getattr(loss, 'keywords', {}))
+    for o in (getattr(loss, 'func', None), loss):
+        found |= {name: getattr(o, name) for name in ('weight', 'pos_weight') if getattr(o, name, None) is not None}
+    return {name: found[name] for name in ('weight', 'pos_weight') if isinstance(found.get(name), Tensor)}
+
+def check_loss_weights(
+    loss, # A loss function or object
+    name:str, # Its target
+):
+    "`ValueError` for class weights that are no weights, or all 0"
+    for values in weights_of(loss).values():
+        values = [check_weight(o, f'{name}: ', 'a class weight') for o in values.flatten().tolist()]
+        if not any(values): raise ValueError(f'{name}: every class weight is 0, so nothing is left to learn')
 
 # %% ../../nbs/paddy_multi/kinds/00_losses.ipynb #c018
 def check_width(
@@ -128,7 +171,8 @@ class NamedLoss:
         _check_loss(loss, width, name)
         self.name,self.loss,self.width = name,loss,width
         self.weight = check_weight(weight, f'{name}: ')
-        self.elementwise = known_reading(loss) in (_binary, _number)
+        check_loss_weights(loss, name)
+        self.elementwise = known_reading(loss) in (_binary, _probability, _number, _rate)
 
     def __call__(self,
         pred:Tensor, # Its slice of the output `[bs, width]`

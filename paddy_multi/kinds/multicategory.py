@@ -6,18 +6,21 @@
 __all__ = ['MultiCategoryTarget']
 
 # %% ../../nbs/paddy_multi/kinds/04_multicategory.ipynb #c002
+import warnings
 from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 
-from ..core.values import first_few
+from ..core.values import first_few, is_missing
 from .category import NamedClasses
 
 # %% ../../nbs/paddy_multi/kinds/04_multicategory.ipynb #c005
 class MultiCategoryTarget(NamedClasses):
     "Any number of labels, learned with binary cross-entropy"
     kind,many_classes,reads = 'multicategory',True,('thresh',)
+    fits = ('BCEWithLogitsLoss', 'binary_cross_entropy_with_logits', 'MultiLabelSoftMarginLoss',
+            'multilabel_soft_margin_loss')
     def __init__(self,
         get=None, # Function of an item that gives its labels; None where `Targets` knows it
         weight:float=1., # Factor of this target in the total loss
@@ -26,10 +29,23 @@ class MultiCategoryTarget(NamedClasses):
         vocab:list=None, # All labels in order; sorted from the labels by default
         delim:str=None, # Text between two labels, for labels given as one text
         thresh:float=.5, # Probability above which a label is predicted
+        empty:str=None, # What empty text, None and NaN mean: 'none' of the labels, or 'missing', as if not given
     ):
         super().__init__(get, weight, loss, metrics, vocab)
         if not 0 < thresh < 1: raise ValueError(f'thresh is a probability between 0 and 1, found {thresh!r}')
-        self.delim,self.thresh = delim,thresh
+        if empty not in (None, 'none', 'missing'):
+            raise ValueError(f"empty= says what an empty cell means, 'none' or 'missing'; found {empty!r}")
+        self.delim,self.thresh,self.empty = delim,thresh,empty
+
+    def fit(self, name, train, valid=()):
+        "As any kind; empty cells that may mean two things are warned of"
+        n = sum(is_missing(o) for labels in (train, valid) for o in labels)
+        if n and self.delim is not None and self.empty is None:
+            warnings.warn(f"{name}: {n} of {len(train)+len(valid)} cells are empty, and count as missing: write "
+                          "MultiCategoryTarget(empty='none') if they mean none of the labels, empty='missing' if not")
+        return super().fit(name, train, valid)
+
+    def _is_missing(self, label): return self.empty != 'none' and super()._is_missing(label)
 
     def _fit(self, train, valid):
         super()._fit(train, valid)
@@ -37,6 +53,7 @@ class MultiCategoryTarget(NamedClasses):
 
     def _split(self, label):
         "The labels in `label`"
+        if is_missing(label): return []  # with empty='none'
         if isinstance(label, str):
             if self.delim is None:
                 raise ValueError(f'{self.name}: expected a list of labels, found the text {label!r}: '
@@ -44,6 +61,9 @@ class MultiCategoryTarget(NamedClasses):
             return [o.strip() for o in label.split(self.delim) if o.strip()]
         if not isinstance(label, Iterable):
             raise ValueError(f'{self.name}: expected a list of labels, found {label!r}: use CategoryTarget')
+        if any(map(is_missing, label)):
+            raise ValueError(f'{self.name}: expected names of labels, found {label!r}: write [] for none of them, '
+                             'and None where they are unknown')
         return list(label)
 
     def _classes(self, labels): return {o for label in labels for o in self._split(label)}

@@ -11,27 +11,42 @@ from numbers import Real
 
 import torch
 
-from .target import Target
+from ..core.values import largest
+from .losses import inner, known_reading, same, torch_name
+from .target import Target, in_double
 
 # %% ../../nbs/paddy_multi/kinds/05_regression.ipynb #c006
 class NumberTarget(Target):
     "A target whose label is a number"
     width,value_format = 1,'.3g'
+    noun,largest,instead = 'number',torch.finfo(torch.float32).max,'give it in a larger unit'
     def _number(self, o):
-        "`o` as a float; `ValueError` for what is no finite number"
+        "`o` as a float; `ValueError` for what is no finite number, or above `largest`"
         if isinstance(o, (bool, str)) or not isinstance(o, Real):
             raise ValueError(f'{self.name}: expected a number, found {o!r}: use CategoryTarget')
-        if not math.isfinite(o):
+        if o != o or abs(o) == math.inf:
             raise ValueError(f'{self.name}: expected a finite number, found {o}: drop or mend that label')
+        if abs(o) > self.largest:
+            raise ValueError(f'{self.name}: expected a {self.noun} up to {self.largest:,.7g}, found {o!r}: '
+                             f'{self.instead}')
         return float(o)
 
     def _fit(self, train, valid):
         x = torch.tensor([self._number(o) for o in train], dtype=torch.float64)
         for o in valid: self._number(o)
         self.mean,self.std = float(x.mean()),float(x.std(correction=0))
-        if self.std == 0:
-            raise ValueError(f'{self.name}: every training label is {self.mean:g}, '
+        self._check_spread(float(x.min()), float(x.max()))
+
+    def _check_spread(self, low, high, dtype=torch.float64):
+        "`ValueError` for labels from `low` to `high` that `dtype` can hardly tell apart"
+        if low == high:
+            raise ValueError(f'{self.name}: every training label is {low:g}, '
                              'so there is nothing to learn: leave the target out')
+        least = max(torch.finfo(torch.float32).tiny, 100*torch.finfo(dtype).eps*max(abs(low), abs(high)))
+        if self.std >= least: return
+        raise ValueError(f'{self.name}: training labels from {low!r} to {high!r} have a spread of '
+                         f'{self.std:.3g}, and rounding drowns what is below {least:.3g}: '
+                         'subtract a constant, or give them in a smaller unit')
 
     def values(self): return f'{self.mean:.4g} ± {self.std:.4g}'
     def baseline(self, labels): return f'always saying the mean: {(labels-self.mean).abs().mean():.3g}'
@@ -50,17 +65,128 @@ class NumberTarget(Target):
 
 
 # %% ../../nbs/paddy_multi/kinds/05_regression.ipynb #c009
-class RegressionTarget(NumberTarget):
-    "A number, standardised on the training split, learned with squared error"
-    kind,log_var_factor,reads = 'regression',.5,()
-    scale = property(lambda self: self.std)
-    def _encode(self, label): return [(self._number(label)-self.mean)/self.std]
-    def _decode(self, row):
-        digits = 6-math.floor(math.log10(self.std))  # what float32 holds of the spread
-        return round(float(row[0])*self.std + self.mean, digits)
+_shares,_rates = (0.,1.),(0.,math.inf)
+labels_of = dict( # Losses for labels in their own unit, and from where to where these go
+    BCEWithLogitsLoss=_shares, binary_cross_entropy_with_logits=_shares, BCELoss=_shares, binary_cross_entropy=_shares,
+    PoissonNLLLoss=_rates, poisson_nll_loss=_rates)
 
-    def random_rows(self, n, generator=None): return torch.randn(n, 1, generator=generator)
+def checked_range(
+    range, # What was given as a range, None for none
+)->tuple: # Two floats
+    "`range` as floats; `ValueError` unless it is two finite numbers, the lower first"
+    if range is None: return None
+    fits = isinstance(range, (tuple, list)) and len(range) == 2
+    fits = fits and all(isinstance(o, Real) and abs(o) <= NumberTarget.largest for o in range)
+    if fits and range[0] < range[1]: return tuple(map(float, range))
+    raise ValueError(f'expected range=(lowest, highest) in the unit of the label, found {range!r}')
+
+def link_of(
+    loss, # A loss function or object
+): # Function of an output, None where the output is the prediction
+    "What makes a prediction of an output for `loss`: a sigmoid for logits, exp for log-rates"
+    known = known_reading(inner(loss))
+    return None if known is None or known.activation is same else known.activation
+
+# %% ../../nbs/paddy_multi/kinds/05_regression.ipynb #r006
+def check_units(
+    target, # `RegressionTarget` that is being fitted
+):
+    "`ValueError` for a loss that fits neither the scale of the labels nor the range of predictions"
+    loss,range = torch_name(target.loss),target.range
+    if loss not in labels_of: return
+    low,high = labels_of[loss]
+    def refuse(what, instead): raise ValueError(f'{target.name}: {loss} takes {what}: {instead}')
+    takes = f'from {low:g} to {high:g}'
+    if target.scaling != 'none':
+        count = ', or CountTarget for counts' if high == math.inf else ''
+        refuse(f'labels {takes}, and standardised ones lie around 0', f"write scale='none'{count}")
+    if link_of(target.loss):
+        if range: refuse('an output, of which it makes a prediction itself', 'leave range out')
+    elif range is None or not low <= range[0] < range[1] <= high:
+        found = f'range={range}' if range else 'an output that may be anything'
+        refuse(f'predictions {takes}, found {found}', f'write range=({low:g}, {min(high, 1000):g}) or what fits')
+
+
+# %% ../../nbs/paddy_multi/kinds/05_regression.ipynb #r002
+class ScaledTarget(NumberTarget):
+    "A number whose predictions come from outputs as its loss and its range say"
+    scaling,range = 'standard',None
+    shift = property(lambda self: self.mean if self.scaling == 'standard' else 0.)
+    scale = property(lambda self: self.std if self.scaling == 'standard' else 1.)
+    bounds = property(lambda self: self.range and tuple((o-self.shift)/self.scale for o in self.range))
+    link = property(lambda self: None if self.range else link_of(self.loss))
+
+    def activation(self, preds):
+        if not self.range: return self.link(preds) if self.link else preds
+        low,high = self.bounds
+        return low + (high-low)*preds.sigmoid()
+
+    def _preds_for_loss(self, preds): return self.activation(preds) if self.range else preds
+    def to_units(self, column):
+        units = in_double(column)*self.scale + self.shift
+        return units.clamp(*self.range) if self.range else units  # without what rounding adds at the ends
+
+    def _is_linear(self): return type(self).to_units is ScaledTarget.to_units or super()._is_linear()
+    def aligned(self, acts, ref):
+        return in_double(acts)*(self.scale/ref.scale) + (self.shift-ref.shift)/ref.scale
+
+
+# %% ../../nbs/paddy_multi/kinds/05_regression.ipynb #r007
+class RegressionTarget(ScaledTarget):
+    "A number, standardised on the training split and learned with squared error, in a range if you like"
+    kind,reads = 'regression',('bounds','link')
+    fits = ('MSELoss', 'mse_loss', 'L1Loss', 'l1_loss', 'SmoothL1Loss', 'smooth_l1_loss',
+            'HuberLoss', 'huber_loss', *labels_of)
+    def __init__(self,
+        get=None, # Function of an item that gives its label; None where `Targets` knows it
+        weight:float=1., # Factor of this target in the total loss
+        loss=None, # A loss on predictions and labels `[n, 1]`, or with `scale='none'` on logits or log-rates
+        metrics=None, # Metrics of `(preds [n], labels [n])` in the unit of the label, `mae` by default
+        scale:str='standard', # 'standard', or 'none' for labels and losses in the unit of the label
+        range:tuple=None, # Lowest and highest prediction in the unit of the label; labels outside are refused
+    ):
+        super().__init__(get, weight, loss, metrics)
+        if scale not in ('standard', 'none'): raise ValueError(f"expected scale 'standard' or 'none', found {scale!r}")
+        self.scaling,self.range = scale,checked_range(range)
+
+    log_var_factor = property(lambda self: 1. if torch_name(self.loss) in labels_of else .5)
+    def _limits(self): return self.range or labels_of.get(torch_name(self.loss), (-math.inf, math.inf))
+    def _number(self, o):
+        number,(low,high) = super()._number(o),self._limits()
+        if low <= number <= high: return number
+        raise ValueError(f'{self.name}: expected a number from {low:g} to {high:g}, found {o!r}: '
+                         f'mend that label, or write another {"range" if self.range else "loss"}')
+
+    def _fit(self, train, valid):
+        check_units(self)
+        super()._fit(train, valid)
+        if self.range and max(map(abs, self.bounds)) > largest:
+            raise ValueError(f'{self.name}: range={self.range} is more than {largest:g} times as wide as the spread '
+                             f'of the labels, {self.std:.3g}: write a narrower one')
+
+    def _check_spread(self, low, high):
+        super()._check_spread(low, high, torch.float64 if self.scaling == 'standard' else torch.float32)
+
+    def _encode(self, label): return [(self._number(label)-self.shift)/self.scale]
+    def _decode(self, row):
+        number = float(self.to_units(row)[0])
+        if self.scaling == 'none': return float(f'{number:.7g}')          # what float32 holds of a number,
+        return round(number, 6-math.floor(math.log10(self.std)))          # or of a spread
+
+    def random_rows(self, n, generator=None):
+        low,high = self._limits()
+        if low == -math.inf:
+            return torch.randn(n, 1, generator=generator)*(self.std/self.scale) + (self.mean-self.shift)/self.scale
+        width = (2*self.mean if high == math.inf else high)-low
+        return torch.rand(n, 1, generator=generator)*(width/self.scale) + (low-self.shift)/self.scale
+
     def _losses(self, preds, y): return (preds-y)[:,0]**2
-    def to_units(self, column): return column*self.std + self.mean
-    def for_metric(self, preds, y): return self.to_units(preds[:,0]),self.to_units(y[:,0])
-    def aligned(self, acts, ref): return (self.to_units(acts)-ref.mean)/ref.std
+    def for_metric(self, preds, y): return self.to_units(self.activation(preds)[:,0]),self.to_units(y[:,0])
+    def values(self):
+        return super().values() + (f', from {self.range[0]:g} to {self.range[1]:g}' if self.range else '')
+    def check_like(self, other, i):
+        super().check_like(other, i)
+        if self.range != other.range:
+            raise ValueError(f'{self.name}: range={other.range} in learner {i}, range={self.range} in the first: '
+                             'declare it alike')
+

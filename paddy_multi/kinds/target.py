@@ -17,6 +17,13 @@ from .labelled import GroupedTarget
 
 _all_ = ['is_missing']
 
+# %% ../../nbs/paddy_multi/kinds/02_target.ipynb #487e167a
+def in_double(
+    x:Tensor, # Numbers on any device
+)->Tensor: # The same in float64, on the CPU where their device has none
+    "`x` in float64: Apple's MPS knows float32 alone"
+    return (x.cpu() if x.device.type == 'mps' else x).double()
+
 # %% ../../nbs/paddy_multi/kinds/02_target.ipynb #c006
 class TargetPredictions(GroupedTarget):
     "A target that knows what the output of a model says about it, and how this is measured"
@@ -43,13 +50,13 @@ class TargetPredictions(GroupedTarget):
 
     def to_units(self,
         column:Tensor, # Labels or predictions of one column, of any shape
-    )->Tensor: # As `column`
+    )->Tensor: # As `column`, in float64
         "Encoded numbers in the unit of the label"
-        return column
+        return in_double(column)
 
     def for_metric(self,
-        preds:Tensor, # Output columns `[n, width]`
-        y:Tensor, # Label columns `[n, n_cols]`
+        preds:Tensor, # Output columns `[n, width]`, of a number in float64
+        y:Tensor, # Label columns `[n, n_cols]`, of a number in float64
     )->tuple: # What a metric is called with
         "Output and labels as the metrics of this kind expect them"
         return self.activation(preds)[:,0],y[:,0]
@@ -136,7 +143,7 @@ class Target(TargetPredictions):
     )->Tensor: # `[n]` of bools
         "Which predictions are wrong: another label, or a number off by more than `off_by`, by `std` if not given"
         if not self.is_number: return (y != rows).any(1)
-        off = self.to_units(y.double()) - self.to_units(rows.double())
+        off = self.to_units(in_double(y)) - self.to_units(in_double(rows))
         return off.abs()[:,0] > (self.std if off_by is None else off_by)
 
     def check_like(self,
@@ -147,17 +154,17 @@ class Target(TargetPredictions):
         if other.kind != self.kind:
             raise ValueError(f'{self.name}: a {other.kind} in learner {i}, a {self.kind} in the first: '
                              'declare it alike')
-        if type(self).aligned is Target.aligned and self._learned() != other._learned():
-            raise ValueError(f'{self.name}: {other._learned()} in learner {i}, {self._learned()} in the first, and '
+        if type(self).aligned is Target.aligned and self.learned() != other.learned():
+            raise ValueError(f'{self.name}: {other.learned()} in learner {i}, {self.learned()} in the first, and '
                              f'{type(self).__name__} does not say how to bring one to the other: write aligned')
 
-    def _learned(self):
-        "What was learned from the labels, beside how it is used"
+    def learned(self)->dict: # Text by name of attribute
+        "What was declared and learned of the labels, beside how it is used"
         used = {'name', 'get', 'weight', 'loss', 'metrics', 'n_train', 'n_labels', 'out', 'cols'}
         return {key: repr(value) for key, value in vars(self).items() if key not in used and not key.startswith('_')}
 
     def aligned(self,
-        acts:Tensor, # Activations `[n, width]` of this target
+        acts:Tensor, # Activations `[n, width]` of this target, in float64
         ref:'Target', # The same target of the first learner
     )->Tensor: # `[n, width]`
         "`acts` with the scale and the order of classes of `ref`"
