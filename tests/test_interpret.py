@@ -1,4 +1,7 @@
 "`MultiTargetInterpretation` on random outputs and labels, beside pandas and scikit-learn"
+import io
+import re
+import warnings
 from types import SimpleNamespace
 
 import matplotlib
@@ -14,7 +17,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from paddy_multi.all import (CategoryTarget, MultiCategoryTarget, MultiTargetInterpretation, OrdinalTarget,
-                             RegressionTarget, Targets, TensorTargets, sample_digits)
+                             RegressionTarget, Targets, TensorTargets, sample_digits, write_report)
+from paddy_multi.use.report import curves_of
 
 matplotlib.use('agg')
 DISEASES,SPOTS,STAGES = ['blast', 'hispa', 'normal', 'tungro'],['leaf', 'stem'],['young', 'old', 'dead']
@@ -212,3 +216,82 @@ def test_a_learner_without_targets_is_refused(tmp_path):
     learn = Learner(block.dataloaders(files, bs=2, num_workers=0), nn.Flatten(), loss_func=MSELossFlat())
     with pytest.raises(TypeError, match='the learner has no declared targets: use ClassificationInterpretation'):
         MultiTargetInterpretation.from_learner(learn)
+
+
+# --- names of others in plots ---------------------------------------------------------------------------------------
+ODD = ['$100% ($50%)', 'f: {$a} ({$b})', r'\$5 \$', 'one $ only', 'two\nlines', '\x1b[2Jcleared', 'x'*300, 'US$ #1_a^b & ~']
+
+def texts(fig):
+    "What a figure shows, as it is drawn"
+    found = fig.findobj(matplotlib.text.Text)
+    assert not any(matplotlib.cbook.is_math_text(o.get_text()) for o in found)
+    return {o.get_text().replace(r'\$', '$') for o in found}
+
+@pytest.fixture
+def drawn_without_a_word():
+    "No warning, such as for a character that no font has or a plot without room"
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        yield
+    plt.close('all')
+
+def odd_interpretation():
+    rows = [{'$a ($b%)': o, 'n {$c} ({$d})': float(i)} for i, o in enumerate(ODD*3)]
+    table = Targets(**{'$a ($b%)': CategoryTarget(), 'n {$c} ({$d})': RegressionTarget()}).fit(rows)
+    torch.manual_seed(0)
+    preds, targs = torch.randn(len(rows), table.n_out), TensorTargets(torch.stack([table.encode(o) for o in rows]))
+    learn = SimpleNamespace(loss_func=table.loss(), dls=SimpleNamespace(targets=table, device='cpu'))
+    return MultiTargetInterpretation(learn, SimpleNamespace(items=[*range(len(rows))]), preds, targs)
+
+def test_a_confusion_matrix_shows_names_as_they_are(drawn_without_a_word):
+    odd_interpretation().plot_confusion_matrix('$a ($b%)')
+    plt.gcf().savefig(io.BytesIO(), format='png', bbox_inches='tight')
+    short = [o for o in ODD if len(o) < 30 and o.isprintable()]
+    assert {*short, '$a ($b%)', r'two\nlines', r'\x1b[2Jcleared', 'x'*20 + '…' + 'x'*9} <= texts(plt.gcf())
+
+def test_a_regression_plot_shows_names_as_they_are(drawn_without_a_word):
+    fig = odd_interpretation().plot_regression('n {$c} ({$d})').figure
+    fig.savefig(io.BytesIO(), format='png', bbox_inches='tight')
+    assert {'true n {$c} ({$d})', 'predicted n {$c} ({$d})'} <= texts(fig)
+
+def test_large_numbers_are_written_out(drawn_without_a_word):
+    "Seconds since 1970 within a minute, whose axes would say 0 to 60 beside '+1.7e9'"
+    rows = [dict(at=1.7e9 + o) for o in range(60)]
+    table = Targets(at=RegressionTarget()).fit(rows)
+    learn = SimpleNamespace(loss_func=table.loss(), dls=SimpleNamespace(targets=table, device='cpu'))
+    targs = TensorTargets(torch.stack([table.encode(o) for o in rows]))
+    preds = torch.linspace(-1, 1, 60)[:,None]
+    ax = MultiTargetInterpretation(learn, SimpleNamespace(items=[*range(60)]), preds, targs).plot_regression('at')
+    ax.figure.savefig(io.BytesIO(), format='png')
+    for axis in (ax.xaxis, ax.yaxis):
+        assert axis.get_offset_text().get_text() == ''
+        assert all(o.get_text().startswith(('17000000', '1699999')) for o in axis.get_ticklabels())
+    true = np.array([o['at'] for o in rows])
+    predicted = np.linspace(-1, 1, 60)*table['at'].std + true.mean()
+    mae, r2 = np.abs(predicted-true).mean(), skm.r2_score(true, predicted)
+    assert ax.get_title() == f'mean absolute error {mae:.3g}, R2 {r2:.3f}'
+
+def test_a_report_of_odd_names(tmp_path, drawn_without_a_word):
+    "Of classes, targets and files; the page holds no control character, and shows what is HTML as it is"
+    path = sample_digits(tmp_path)
+    names = [*ODD[:-1], '<script>alert(1)</script>']
+    files = sorted((path/'images').iterdir())[:40]
+    targets = Targets(**{'<b> $1 ($2%)': CategoryTarget(lambda o: names[files.index(o) % len(names)]),
+                         '_n $3% ($4)': RegressionTarget(lambda o: float(files.index(o)))})
+    block = DataBlock((ImageBlock, targets.block), get_y=targets.get_y, splitter=IndexSplitter(range(24, 40)),
+                      item_tfms=Resize(16))
+    dls = block.dataloaders(files, bs=8, num_workers=0)
+    learn = Learner(dls, nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, dls.c)),
+                    metrics=dls.targets.metrics())
+    rows = pd.DataFrame({'epoch': [0, 1], 'train_loss': [2., 1.], '_n $3% ($4)_loss': [2., 1.], 'a $5% ($6)': [.5, .6]})
+    text = write_report(learn, tmp_path/'report.html', rows, '$7% ($8) \x1b[2J').read_text(encoding='utf-8')
+    assert len(re.findall('<img ', text)) == 2 + 2*2
+    assert '<b> $1' not in text and '<h2>&lt;b&gt; $1 ($2%)</h2>' in text and '<script>' not in text
+    assert all(o.isprintable() or o == '\n' for o in text) and r'\x1b[2J' in text
+
+def test_a_legend_leaves_no_name_out():
+    rows = pd.DataFrame({'epoch': [0, 1], 'train_loss': [2., 1.], '_n $3% ($4)_loss': [2., 1.]})
+    fig = curves_of(rows)
+    fig.savefig(io.BytesIO(), format='png')
+    assert {'train_loss', '_n $3% ($4)_loss'} <= texts(fig)
+    plt.close('all')

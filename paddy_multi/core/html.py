@@ -13,7 +13,7 @@ import io
 # %% ../../nbs/paddy_multi/core/03_html.ipynb #c005
 style = '''body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;
 color:#222;background:#fff}
-h1,h2{line-height:1.2}h2{margin-top:2.5rem}img{max-width:100%;height:auto}.wide{overflow-x:auto}
+h1,h2{line-height:1.2;overflow-wrap:anywhere}h2{margin-top:2.5rem}img{max-width:100%;height:auto}.wide{overflow-x:auto}
 table{border-collapse:collapse;font-size:.9rem}
 td,th{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:right}
 td:first-child,th:first-child{text-align:left}.note{color:#666}'''

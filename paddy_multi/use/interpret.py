@@ -20,6 +20,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 import paddy_multi.use.show  # registers how pictures with several labels are shown
+from ..core.plots import literal
 from ..core.tensors import plain
 from ..kinds.columns import all_kinds
 from ..targets.loss import MultiTargetLoss
@@ -108,8 +109,10 @@ def plot_confusion_matrix(self:MultiTargetInterpretation,
 ):
     "Plot `confusion_matrix`"
     shown = copy(self)
-    shown.vocab,shown.confusion_matrix = self.targets[target].vocab,lambda: self.confusion_matrix(target)
-    ClassificationInterpretation.plot_confusion_matrix(shown, normalize=normalize, **{'title': target, **kwargs})
+    shown.vocab = [literal(o, 30) for o in self.targets[target].vocab]
+    shown.confusion_matrix = lambda: self.confusion_matrix(target)
+    title = {'title': literal(target)}
+    ClassificationInterpretation.plot_confusion_matrix(shown, normalize=normalize, **title | kwargs)
 
 # %% ../../nbs/paddy_multi/use/03_interpret.ipynb #c019
 @patch
@@ -229,5 +232,11 @@ def plot_regression(self:MultiTargetInterpretation,
     centre = float(true.mean())
     ax.axline((centre, centre), slope=1, color='grey', lw=1)
     title = f'mean absolute error {(pred-true).abs().mean():.3g}, R2 {skm.r2_score(true, pred):.3f}'
-    ax.set(xlabel=f'true {target}', ylabel=f'predicted {target}', title=title)
+    ax.set(xlabel=literal(f'true {target}'), ylabel=literal(f'predicted {target}'), title=title)
+    _write_ticks_out(ax)
     return ax
+
+def _write_ticks_out(ax):
+    "Numbers at the axes as they are, without an offset that has to be added"
+    for axis in (ax.xaxis, ax.yaxis): axis.set_major_formatter(lambda x, _: f'{x:.12g}')
+    if max(len(f'{x:.12g}') for x in ax.get_xticks()) > 5: ax.tick_params(axis='x', rotation=30)

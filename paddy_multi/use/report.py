@@ -12,8 +12,10 @@ import pandas as pd
 from matplotlib import pyplot as plt
 
 import paddy_multi.use.show  # registers show_results for several targets
+from ..core.commands import printable
 from ..core.files import write_file
 from ..core.html import heading, note, page_of, picture_of, table_of
+from ..core.plots import literal
 from .interpret import MultiTargetInterpretation
 
 # %% ../../nbs/paddy_multi/use/04_report.ipynb #c007
@@ -27,9 +29,9 @@ def curves_of(
     fig,axs = plt.subplots(n_rows, 2, figsize=(11, 2.8*n_rows), layout='constrained', squeeze=False)
     for ax in axs.flat[len(shown):]: ax.axis('off')
     for ax, (title, cols) in zip(axs.flat, shown.items()):
-        for c in cols: ax.plot(rows.epoch, rows[c], marker='o', ms=3, label=c)
-        ax.set(title=title, xlabel='epoch')
-        if len(cols) > 1: ax.legend(fontsize=8)
+        lines = [ax.plot(rows.epoch, rows[c], marker='o', ms=3)[0] for c in cols]
+        ax.set(title=literal(title), xlabel='epoch')
+        if len(cols) > 1: ax.legend(lines, map(literal, cols), fontsize=8)
     return fig
 
 # %% ../../nbs/paddy_multi/use/04_report.ipynb #c010
@@ -64,4 +66,4 @@ def write_report(
         parts += [heading('Results'), picture_of(plt.gcf(), 'validation items with labels and predictions')]
         for target in targets: parts += target_section(interp, target)
         if len(targets) > 1: parts += [heading('Errors that go together'), table_of(interp.joint_errors())]
-    return write_file(path, page_of(title, parts))
+    return write_file(path, printable(page_of(title, parts)))

@@ -15,6 +15,7 @@ from fastai.interpret import plot_top_losses
 from fastai.vision.core import TensorImage
 from fastai.vision.data import get_grid
 
+from ..core.plots import literal
 from ..targets.encoded import TensorTargets
 from ..targets.table import label_text
 
@@ -54,7 +55,7 @@ def write_lines(ax, lines):
     "Write `lines` of text and colour above `ax`"
     place = dict(xycoords='axes fraction', textcoords='offset points', ha='center', fontsize=9)
     for i, (text, color) in enumerate(reversed(lines)):
-        ax.annotate(text, (.5, 1), xytext=(0, 3+11*i), color=color, **place)
+        ax.annotate(literal(text, 40), (.5, 1), xytext=(0, 3+11*i), color=color, **place)
 
 def draw_items(samples, lines, ctxs=None, nrows=None, ncols=None, figsize=None, title=None, **kwargs):
     "The pictures of each sample with its lines above the first"
