@@ -61,10 +61,10 @@ class Disk:
                 self.step('write', raw.fileno())
                 return super().write(data)
 
-        def operation(file, mode='r', buffering=-1, encoding=None, errors=None, newline=None, closefd=True, opener=None):
-            if not set(mode) & {*'wax+'}: return call(file, mode, buffering, encoding, errors, newline, closefd, opener)
+        def operation(file, mode='r', buffering=-1, encoding=None, errors=None, newline=None, *more, **kwargs):
+            if not set(mode) & {*'wax+'}: return call(file, mode, buffering, encoding, errors, newline, *more, **kwargs)
             self.step('open', file)
-            raw = Raw(file, mode.replace('b', '').replace('t', ''), closefd, opener)
+            raw = Raw(file, mode.replace('b', '').replace('t', ''), *more, **kwargs)
             if buffering == 0: return raw
             binary = (io.BufferedRandom if '+' in mode else io.BufferedWriter)(raw)
             if 'b' in mode: return binary
@@ -78,7 +78,7 @@ class TorchWriter:
     "torch's writer, which writes by itself, and raises errors of its own"
     def __init__(self, disk, writer, target, *args):
         self.disk, self.target = disk, target if isinstance(target, str) else None
-        self.step('open', RuntimeError('[enforce fail at inline_container.cc:747] . open file failed with strerror: no'))
+        self.step('open', RuntimeError('[enforce fail at inline_container.cc:747] . open file failed with strerror: '))
         self.writer = writer(target, *args)
 
     def step(self, name, error=None):  # what is written to an open file is counted there

@@ -89,7 +89,7 @@ def test_a_number_that_is_another_processes_by_now_counts_for_nothing(tmp_path):
 
 def test_the_lock_of_another_machine_is_left_to_people(tmp_path):
     (tmp_path/'.lock').write_text('12 far-away\n')
-    with pytest.raises(BlockingIOError, match=r'in use by process 12 on far-away, and from .* it cannot be seen whether '
+    with pytest.raises(BlockingIOError, match='in use by process 12 on far-away, and from .* it cannot be seen whether '
                                               r'that still runs: wait for it, or remove .*/\.lock if it has ended'):
         enter(tmp_path)
     (tmp_path/'.lock').unlink()

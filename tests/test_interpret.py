@@ -219,7 +219,8 @@ def test_a_learner_without_targets_is_refused(tmp_path):
 
 
 # --- names of others in plots ---------------------------------------------------------------------------------------
-ODD = ['$100% ($50%)', 'f: {$a} ({$b})', r'\$5 \$', 'one $ only', 'two\nlines', '\x1b[2Jcleared', 'x'*300, 'US$ #1_a^b & ~']
+ODD = ['$100% ($50%)', 'f: {$a} ({$b})', r'\$5 \$', 'one $ only', 'two\nlines', '\x1b[2Jcleared', 'x'*300,
+       'US$ #1_a^b & ~']
 
 def texts(fig):
     "What a figure shows, as it is drawn"

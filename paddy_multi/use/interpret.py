@@ -239,4 +239,4 @@ def plot_regression(self:MultiTargetInterpretation,
 def _write_ticks_out(ax):
     "Numbers at the axes as they are, without an offset that has to be added"
     for axis in (ax.xaxis, ax.yaxis): axis.set_major_formatter(lambda x, _: f'{x:.12g}')
-    if max(len(f'{x:.12g}') for x in ax.get_xticks()) > 5: ax.tick_params(axis='x', rotation=30)
+    if max(len(f'{x:.12g}') for x in ax.get_xticks()) > 5: ax.tick_params(axis='x', rotation=90)
