@@ -112,6 +112,7 @@ class Target(TargetPredictions):
     value_format = '.3f' # Of its metric in a line of text
     is_number = True # Is the label a number, that is more or less wrong? Kinds with classes say False
     std = 0. # Spread of a number's labels in training, in its unit
+    out = cols = None # Columns of the output and of the labels, where the target stands in a table
     one_class = False # Is the label one of the classes of `vocab`?
     many_classes = False # Is the label any number of the classes of `vocab`?
 
@@ -162,6 +163,14 @@ class Target(TargetPredictions):
         "What was declared and learned of the labels, beside how it is used"
         used = {'name', 'get', 'weight', 'loss', 'metrics', 'n_train', 'n_labels', 'out', 'cols'}
         return {key: repr(value) for key, value in vars(self).items() if key not in used and not key.startswith('_')}
+
+    def differs(self,
+        other:'Target', # A fitted target
+    )->str: # '' where loss, metrics and predictions of one are right for the other
+        "What sets `other` apart"
+        mine,theirs = ({'kind': o.kind, 'output': o.out, 'columns': o.cols, **o.learned()} for o in (self, other))
+        keys = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+        return ', '.join(f'{key} {mine.get(key)!r} and {theirs.get(key)!r}' for key in keys)
 
     def aligned(self,
         acts:Tensor, # Activations `[n, width]` of this target, in float64

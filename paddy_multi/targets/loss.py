@@ -171,6 +171,23 @@ def to(self:MultiTargetLoss,
         if hasattr(t.loss, 'to'): t.loss.to(device)
     return self
 
+# %% ../../nbs/paddy_multi/targets/04_loss.ipynb #f26747e7
+def check_same_targets(
+    targets:list, # Fitted targets that are measured
+    learn, # Learner that measures them
+):
+    "`ValueError` where the learner's loss was made for others"
+    loss = getattr(learn, 'loss_func', None)
+    table = loss.table if isinstance(loss, MultiTargetLoss) else getattr(getattr(learn, 'dls', None), 'targets', None)
+    if table is None: return
+    theirs = {t.name: t for t in table}
+    for t in targets:
+        other = theirs.get(t.name)
+        if t is other: continue
+        what = t.differs(other) if other else f'none of {table.names}'
+        if what: raise ValueError(f'{t.name}: a metric was made for other targets than the loss: {what}; '
+                                  'make metrics and loss of one table')
+
 # %% ../../nbs/paddy_multi/targets/04_loss.ipynb #c036
 def learn_weights(
     model:nn.Module, # Model to hold the log-variances

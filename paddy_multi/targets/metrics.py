@@ -15,8 +15,9 @@ from fastai.learner import Metric, mk_metric
 from fastcore.basics import patch
 
 from ..core.tensors import plain
-from .loss import TargetGroup
-from .sliced_metrics import OneTarget, metric_name
+from ..kinds.target import in_double
+from .loss import TargetGroup, check_same_targets
+from .sliced_metrics import OneTarget, float64_kept, metric_name
 from .table import TargetTable
 
 # %% ../../nbs/paddy_multi/targets/05_metrics.ipynb #c007
@@ -33,6 +34,14 @@ def name_of(
     return name
 
 # %% ../../nbs/paddy_multi/targets/05_metrics.ipynb #c010
+def shown_to_metric(
+    target, # Fitted target
+    preds, # Output `[n, width]`
+    y, # Labels `[n, n_cols]`
+)->tuple: # As `for_metric` gives them
+    "What a metric of `target` is called with, of a number in float64"
+    return target.for_metric(*map(in_double, (preds, y))) if target.is_number else target.for_metric(preds, y)
+
 def check_metric(
     target, # Fitted target
     metric, # Function `(preds, targs)` or fastai `Metric`
@@ -42,7 +51,7 @@ def check_metric(
     if isinstance(metric, type) or not callable(metric):
         raise TypeError(f'{target.name}: expected a metric or a function (preds, targs), found {metric!r}')
     rng = torch.Generator().manual_seed(0)
-    preds,targs = target.for_metric(torch.randn(16, target.width, generator=rng), target.random_rows(16, rng))
+    preds,targs = shown_to_metric(target, torch.randn(16, target.width, generator=rng), target.random_rows(16, rng))
     name = getattr(metric, '__name__', metric)
     try: found = metric(preds, targs)
     except Exception as e:
@@ -63,17 +72,23 @@ class TargetMetric(Metric):
 
     def reset(self):
         self.metric.reset()
-        self.n_labels = 0
+        self.n_labels,self._checked = 0,False
 
     def accumulate(self, learn):
+        if not self._checked: check_same_targets([self.target], learn)
+        self._checked = True
         preds,y = _labelled(self.target, learn)
         if not len(y): return
         self.n_labels += len(y)
         loss = self.target.losses(preds, y).sum()/self.target.counts(y).sum()
-        self.metric.accumulate(_LabelledOnly(learn, *self.target.for_metric(preds, y), loss))
+        with float64_kept():
+            self.metric.accumulate(_LabelledOnly(learn, *shown_to_metric(self.target, preds, y), loss))
 
     @property
-    def value(self): return self.metric.value if self.n_labels else math.nan  # a number, since trackers compare it
+    def value(self):
+        if not self.n_labels: return math.nan  # a number, since trackers compare it
+        with float64_kept(): return self.metric.value
+
     @property
     def name(self): return self._name
 
@@ -94,7 +109,8 @@ class SharedSums:
     "What several metrics sum over a split: in each batch the first that is asked computes it for all"
     def __init__(self,
         parts, # Function of output and targets that gives sums and counts, both `[n]`
-    ): self.parts = parts
+        targets:list=(), # The fitted targets that are summed
+    ): self.parts,self.targets = parts,targets
 
     def reset(self): self.totals,self._pred,self._asked = None,None,set()
     def accumulate(self,
@@ -103,12 +119,13 @@ class SharedSums:
     ):
         "Add the batch, unless another metric has done so"
         if learn.pred is self._pred and who not in self._asked: return self._asked.add(who)
+        if self.totals is None: check_same_targets(self.targets, learn)
         self._pred,self._asked = learn.pred,{who}
         with torch.no_grad(): parts = self.parts(plain(learn.pred).float(), plain(learn.y))
-        parts = torch.stack([*parts]).double()
+        parts = in_double(torch.stack([*parts]))
         self.totals = parts if self.totals is None else self.totals+parts
 
-    def __getstate__(self): return dict(parts=self.parts)  # an exported learner holds no batch
+    def __getstate__(self): return dict(parts=self.parts, targets=self.targets)  # an exported learner holds no batch
 
 # %% ../../nbs/paddy_multi/targets/05_metrics.ipynb #c022
 class TargetMean(Metric):
@@ -136,12 +153,14 @@ class ItemMeans:
         metric, # A metric for which their kind gives a value for each item
     ):
         self.group,self.metric,self._values = TargetGroup(targets),metric,None
-        self.scale = torch.tensor([float(t.scale) for t in targets])
+        self.scale = torch.tensor([float(t.scale) for t in targets], dtype=torch.float64)
 
     def __call__(self, preds, targs):
         if self._values is None: self._values = self.group.target.item_values(self.metric)
+        if self.group.target.is_number: preds,targs = in_double(preds),in_double(targs)
         p,y,valid = self.group.rows(preds, targs)
-        values = self._values(p, y).float()
+        values = self._values(p, y)
+        if values.dtype != torch.float64: values = values.float()
         values = torch.where(valid, values, 0.)*self.scale.to(values).repeat(len(preds))
         return tuple(o.view(len(preds), -1).sum(0) for o in (values, valid.to(values)))
 
@@ -160,7 +179,7 @@ def metrics_together(
             members,sums = groups.setdefault(key, ([], SharedSums(None)))
             res.append(TargetMean(name_of(target, mk_metric(metric)), sums, len(members)))
             members.append(target)
-    for (metric, *_), (members, sums) in groups.items(): sums.parts = ItemMeans(members, metric)
+    for (metric, *_), (members, sums) in groups.items(): sums.parts,sums.targets = ItemMeans(members, metric),members
     return res
 
 def _same_values(first, target, metric):
@@ -176,7 +195,7 @@ class TotalLoss(Metric):
     name = 'loss'
     def __init__(self,
         loss, # `MultiTargetLoss`
-    ): self.loss,self.sums = loss,SharedSums(loss.parts)
+    ): self.loss,self.sums = loss,SharedSums(loss.parts, [*loss.table])
 
     def reset(self): self.sums.reset()
     def accumulate(self, learn): self.sums.accumulate(learn, 'total')
@@ -185,7 +204,7 @@ class TotalLoss(Metric):
         if self.sums.totals is None: return None
         sums,counts = self.sums.totals
         means = torch.where(counts > 0, sums/counts.where(counts > 0, 1.), 0.)
-        return float((means*self.loss.weights.to(means)).sum() + self.loss.penalty())
+        return float((means*self.loss.weights.to(means)).sum()) + float(self.loss.penalty())
 
 # %% ../../nbs/paddy_multi/targets/05_metrics.ipynb #c031
 def target_metrics(
@@ -193,7 +212,7 @@ def target_metrics(
     metrics:dict=None, # By target name: one metric or a list of them, instead of the target's own
 )->list: # Metrics in order of the targets, then the loss of each
     "The metrics of every target; `KeyError` for a target that is not there, `ValueError` for two metrics of one name"
-    metrics,losses = metrics or {},SharedSums(table.loss().parts)
+    metrics,losses = metrics or {},SharedSums(table.loss().parts, [*table])
     for name in metrics: table[name]
     res = metrics_together([(t, m) for t in table for m in metrics_of(t, metrics.get(t.name))])
     res += [TargetMean(f'{t.name}_loss', losses, i) for i, t in enumerate(table)]

@@ -6,14 +6,18 @@
 __all__ = ['SlicedMetric', 'sliced_metrics']
 
 # %% ../../nbs/paddy_multi/targets/01_sliced_metrics.ipynb #c003
+import threading
 import warnings
+from contextlib import contextmanager
 from copy import deepcopy
 
+from fastai import torch_core
 from fastai.learner import AvgLoss, AvgSmoothLoss, Metric, mk_metric
+from torch import Tensor
 
-from ..core.tensors import like_labels
+from ..core.tensors import like_labels, replaced
 from ..kinds.losses import check_width
-from .slices import check_batch, slices_by_name, targets_by_name
+from .slices import check_batch, check_same_names, slices_by_name, targets_by_name
 
 # %% ../../nbs/paddy_multi/targets/01_sliced_metrics.ipynb #c007
 _no_loss = 'a sliced metric cannot read learn.loss, the sum over all targets: use `combined_loss(...).metrics()`'
@@ -48,6 +52,18 @@ def metric_name(
         raise ValueError(f'{name}: a metric is known by its name and a lambda has none: write it with def')
     return f'{name}_{_full.get(base, base)}'
 
+# %% ../../nbs/paddy_multi/targets/01_sliced_metrics.ipynb #d62e2a2f
+_lock,_tensor = threading.RLock(),torch_core.tensor
+
+@contextmanager
+def float64_kept():
+    "fastai's tensors stay float64 inside the block, in this thread"
+    me = threading.get_ident()
+    def tensor(x, *rest, **kwargs):
+        if isinstance(x, Tensor) and not rest and threading.get_ident() == me: return x
+        return _tensor(x, *rest, **kwargs)
+    with _lock, replaced(torch_core, 'tensor', tensor): yield
+
 # %% ../../nbs/paddy_multi/targets/01_sliced_metrics.ipynb #c013
 class SlicedMetric(Metric):
     "Any fastai metric, on one target and its slice of the output; made by `sliced_metrics`"
@@ -63,6 +79,7 @@ class SlicedMetric(Metric):
 
     def reset(self): self.metric.reset()
     def accumulate(self, learn):
+        check_same_names(self.widths, learn, self.name)
         check_batch(learn.pred, learn.yb, self.n_out, self.widths)
         targ = learn.yb[self.index]
         pred = like_labels(learn.pred[:,self.slice], targ)

@@ -6,7 +6,7 @@
 __all__ = ['CombinedLoss', 'combined_loss']
 
 # %% ../../nbs/paddy_multi/targets/00_slices.ipynb #c003
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 
 import torch
 from fastai.learner import Metric
@@ -165,6 +165,20 @@ def decodes(self:CombinedLoss,
 
 def _column(x): return x[:,0] if x.ndim == 2 and x.shape[1] == 1 else x
 
+# %% ../../nbs/paddy_multi/targets/00_slices.ipynb #n301
+def check_same_names(
+    widths:dict, # Width of every target by name, None for an ignored one, as a metric knows them
+    learn, # Learner that measures
+    metric:str, # Name of the metric
+):
+    "`ValueError` where the loss of `learn` has other names, another order or other widths"
+    loss = getattr(learn, 'loss_func', None)
+    if not isinstance(loss, CombinedLoss): return
+    for mine, theirs in zip_longest(widths.items(), loss.widths.items()):
+        if mine == theirs: continue
+        raise ValueError(f'{metric} is of targets with {mine} where the loss has {theirs}: '
+                         'name the same ones, with their widths, in the same order')
+
 # %% ../../nbs/paddy_multi/targets/00_slices.ipynb #c046
 class _SlicedLoss(Metric):
     "Mean loss of one target of a `CombinedLoss`, unweighted"
@@ -172,6 +186,7 @@ class _SlicedLoss(Metric):
         self.loss,self.target,self.index = loss,target,list(loss.losses).index(target)
     def reset(self): self.total,self.count = 0.,0
     def accumulate(self, learn):
+        check_same_names(self.loss.widths, learn, self.name)
         check_batch(learn.pred, learn.yb, self.loss.n_out, self.loss.losses)
         pred,targ = plain(learn.pred)[:,self.loss.slices[self.target]],plain(learn.yb[self.index])
         self.total += learn.to_detach(self.loss.losses[self.target](pred, targ))*len(pred)

@@ -85,6 +85,14 @@ class TargetTable:
         "The encoded labels that `acts` stand for"
         return torch.cat([t.to_rows(plain(acts)[:,t.out]) for t in self], 1)
 
+    def differs(self,
+        other:'TargetTable', # Another table
+    )->str: # '' where loss, metrics and predictions of one are right for the other
+        "What sets `other` apart"
+        if self.names != other.names: return f'the targets {self.names} and {other.names}'
+        found = {t.name: '' if t is other[t.name] else t.differs(other[t.name]) for t in self}
+        return '; '.join(f'{name}: {what}' for name, what in found.items() if what)
+
     def to_frame(self)->pd.DataFrame:
         "One row per target: kind, columns, weight, labels and values"
         rows = [dict(target=t.name, kind=t.kind, columns=f'{t.out.start}:{t.out.stop}', weight=t.weight,

@@ -15,6 +15,7 @@ from fastai.data.core import TfmdDL
 from fastai.learner import Learner
 
 from ..core.tensors import plain, replaced
+from ..kinds.target import in_double
 
 # %% ../../nbs/paddy_multi/use/01_predict.ipynb #c007
 class NothingReadable(Exception): "No item can be read"
@@ -86,7 +87,7 @@ def activations_of(
     tta:int=0, # Number of augmented passes
     bs:int=None, # Batch size, that of the learner by default
     **kwargs, # Passed to `test_dl`
-)->tuple: # Activations `[n, n_out]`, and for each item a text or None
+)->tuple: # Activations `[n, n_out]` in float64, and for each item a text or None
     "Run `learn` over `items`; those that cannot be read get zeros and an error"
     table = targets_of(learn)
     if bs is not None: kwargs['bs'] = bs
@@ -96,7 +97,7 @@ def activations_of(
         with learn.no_logging(), replaced(learn, 'loss_func', table.loss()):
             acts = learn.tta(dl=dl, n=tta)[0] if tta else learn.get_preds(dl=dl)[0]
     except NothingReadable: acts = torch.zeros(len(items), table.n_out)
-    return plain(acts).float(),[dl.error(i) for i in range(len(items))]
+    return in_double(plain(acts)),[dl.error(i) for i in range(len(items))]
 
 def frame_of(
     table, # Fitted targets
