@@ -44,6 +44,7 @@ def write_often(file, letter, barrier):
     for _ in range(20): write_file(file, letter*100_000)
 
 
+@pytest.mark.filterwarnings('error::pytest.PytestUnhandledThreadExceptionWarning')
 @pytest.mark.parametrize('many, barrier', [(threading.Thread, threading.Barrier), (fork.Process, fork.Barrier)],
                          ids=['threads', 'processes'])
 def test_several_write_one_file(tmp_path, many, barrier):
@@ -118,6 +119,23 @@ def test_a_disk_without_locks_asks_whether_the_process_runs(tmp_path, monkeypatc
     holder.wait()
     assert enter(tmp_path) == 'in'
 
+def test_a_lock_that_was_removed_in_the_meantime_is_none(tmp_path, monkeypatch):
+    "Its holder left between our opening the file and locking it: others would lock a new one beside us"
+    calls = []
+    def flock(opened, how):
+        calls.append(opened)
+        if len(calls) == 1: (tmp_path/'.lock').unlink()
+    monkeypatch.setattr('fcntl.flock', flock)
+    with locked(tmp_path): assert (tmp_path/'.lock').exists()
+    assert len(calls) == 2
+
+def test_no_file_stays_open(tmp_path):
+    before = len(os.listdir('/proc/self/fd'))
+    for _ in range(5):
+        with locked(tmp_path), pytest.raises(BlockingIOError): enter(tmp_path)
+        write_file(tmp_path/'a', 'a')
+    assert len(os.listdir('/proc/self/fd')) == before
+
 def enter_often(folder, inside, barrier, overlaps):
     barrier.wait()
     for _ in range(10):
@@ -154,6 +172,13 @@ def test_together_syncs_all_before_it_moves_any(tmp_path, monkeypatch):
     assert done == [('fsync', 'a'), ('fsync', 'b'), ('fsync', 'new'), ('fsync', part), ('replace', '.moving'),
                     ('fsync', tmp_path.name), ('replace', 'a'), ('replace', 'b'), ('fsync', tmp_path.name),
                     ('fsync', tmp_path.parent.name)]
+
+def test_what_a_killed_process_had_ready_is_moved_before_anything_else(tmp_path):
+    (tmp_path/'.moving'/'new').mkdir(parents=True)
+    (tmp_path/'.moving'/'new'/'b').write_text('new')
+    with written_together(tmp_path, ['a']) as new:
+        assert (tmp_path/'b').read_text() == 'new' and not (tmp_path/'.moving').exists()
+        (new/'a').write_text('a')
 
 @pytest.mark.parametrize('error', [ValueError('a bug'), KeyboardInterrupt()])
 def test_an_error_of_another_kind_leaves_all_as_it_was(tmp_path, error):
