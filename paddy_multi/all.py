@@ -22,6 +22,9 @@ from .data.digits import *
 from .data.paddy import *
 from .data.weights import *
 from .data.splitters import *
+from .data.pictures import *
+from .data.rows import *
+from .data.balance import *
 from .data.loaders import *
 from .accumulate.chunks import *
 from .accumulate.batches import *
@@ -35,6 +38,8 @@ from .accumulate.case import *
 from .accumulate.benchmark import *
 from .train.heads import *
 from .train.learner import *
+from .train.checkpoint import *
+from .train.fingerprint import *
 from .train.run import *
 from .use.show import *
 from .use.predict import *

@@ -91,7 +91,7 @@ def test_a_class_that_reads_like_a_gap_is_warned_of(path, labels, tmp_path):
     shutil.copytree(path/'images', tmp_path/'images')
     words = labels.assign(disease=['None', 'blast', 'NA', 'rust']*20)
     words.to_csv(tmp_path/'labels.csv', index=False)
-    text = "disease: 'NA', 'None' read as a missing label: if it is a class, read the table with pd.read_csv"
+    text = "disease: 'NA', 'None' read as a missing label: if it is a class, read the table with read_table"
     with pytest.warns(UserWarning, match=text):
         dls = MultiTargetDataLoaders.from_csv(tmp_path, folder='images', targets=['disease'], seed=1, bs=8)
     assert dls.targets.vocabs == dict(disease=['blast', 'rust'])
