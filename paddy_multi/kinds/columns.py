@@ -36,7 +36,7 @@ def kind_of(
                          'or numbers such as days for amounts')
     labels = [o for o in col if not is_missing(o)]
     if labels and _all_whole(labels, gaps=len(labels) < len(col)):
-        raise ValueError(f'{name}: whole numbers such as {labels[0]:.0f} may be classes or amounts: '
+        raise ValueError(f'{name}: whole numbers such as {int(labels[0])} may be classes or amounts: '
                          f"write kinds=dict({name}='category') or kinds=dict({name}='regression')")
     if types.is_float_dtype(col): return 'regression'
     return 'multicategory' if labels and isinstance(labels[0], (list, tuple, set)) else 'category'

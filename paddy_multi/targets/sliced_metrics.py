@@ -79,8 +79,8 @@ class SlicedMetric(Metric):
 
     def reset(self): self.metric.reset()
     def accumulate(self, learn):
-        check_same_names(self.widths, learn, self.name)
         check_batch(learn.pred, learn.yb, self.n_out, self.widths)
+        check_same_names(self.widths, learn, self.name)
         targ = learn.yb[self.index]
         pred = like_labels(learn.pred[:,self.slice], targ)
         self.metric.accumulate(OneTarget(learn, pred, targ))

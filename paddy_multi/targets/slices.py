@@ -186,8 +186,8 @@ class _SlicedLoss(Metric):
         self.loss,self.target,self.index = loss,target,list(loss.losses).index(target)
     def reset(self): self.total,self.count = 0.,0
     def accumulate(self, learn):
-        check_same_names(self.loss.widths, learn, self.name)
         check_batch(learn.pred, learn.yb, self.loss.n_out, self.loss.losses)
+        check_same_names(self.loss.widths, learn, self.name)
         pred,targ = plain(learn.pred)[:,self.loss.slices[self.target]],plain(learn.yb[self.index])
         self.total += learn.to_detach(self.loss.losses[self.target](pred, targ))*len(pred)
         self.count += len(pred)
