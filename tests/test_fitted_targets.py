@@ -1,6 +1,7 @@
 "A fitted table encodes other data: nothing is learned anew, what it does not know is refused, its counts are true"
 import math
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,7 @@ from fastai.vision.all import (DataBlock, ImageBlock, PILImageBW, RandomSplitter
 from PIL import Image
 
 from paddy_multi.all import (CategoryTarget, CountTarget, MultiCategoryTarget, MultiTargetDataLoaders, OrdinalTarget,
-                             RegressionTarget, Targets, by_name, multi_target_learner)
+                             RegressionTarget, Targets, by_name, multi_target_learner, predict_named)
 
 COLOURS = dict(red=(255, 0, 0), green=(0, 255, 0), blue=(0, 0, 255))
 
@@ -169,3 +170,102 @@ def test_tags_given_as_one_text_are_read_as_before(path, df):
     new = load(path, df[::-1], old.targets, splitter=lambda df: ([0, 1, 2, 3], [4]))
     f, (_, y) = new.train_ds.items[0], new.train_ds[0]
     assert f.name == '11.png' and y.tolist() == [1, 0, 1, 0]  # dry and old; blue
+
+
+# --- tables that come later -------------------------------------------------------------------
+def shifted(df, n=7):
+    "A table of the first `n` pictures with other labels than in training, in the order of their ages from the last"
+    return df[:n][::-1].assign(age=df.age[:n]*3+1, colour='green', spots=4, tags=[['old']]*n, size='XL')
+
+@pytest.fixture
+def elsewhere(path, tmp_path):
+    "The same pictures in another folder, upside down in their colours so that they are told apart"
+    for f in (path/'images').iterdir():
+        (tmp_path/'other'/'test').mkdir(parents=True, exist_ok=True)
+        Image.fromarray(255-np.asarray(Image.open(f))).save(tmp_path/'other'/'test'/f.name)
+    return tmp_path/'other'/'test'
+
+def ways(df, path, elsewhere):
+    "Tables of the same rows, arguments of `test_dl` to find their pictures, and the folder where they are"
+    def named(folder): return df.assign(image=[str(folder/o) for o in df.image])
+    return [(df, dict(), path/'images'), (named(path/'images'), dict(), path/'images'),
+            (named(elsewhere), dict(), elsewhere), (df, dict(folder=elsewhere), elsewhere),
+            (df, dict(path=elsewhere.parent, folder='test'), elsewhere),
+            (named(elsewhere), dict(path='nowhere'), elsewhere)]
+
+@pytest.mark.parametrize('way', range(6))
+@pytest.mark.parametrize('exported', [False, True])
+def test_a_labelled_table_is_scored_as_by_hand(path, df, old, tmp_path, elsewhere, way, exported):
+    train = df.loc[[int(f.stem) for f in old.train_ds.items]]
+    learn = multi_target_learner(old, 'test_resnet', pretrained=False)
+    if exported:
+        learn.export(tmp_path/'model.pkl')
+        learn = load_learner(tmp_path/'model.pkl')
+    later, where, folder = ways(shifted(df), path, elsewhere)[way]
+    dl = learn.dls.test_dl(later, with_labels=True, bs=3, **where)
+    x, y = (torch.cat([b[i] for b in dl]).cpu() for i in (0, 1))
+    for i, row in enumerate(later.itertuples()):
+        pixel = np.asarray(Image.open(folder/f'{int(row.image[-6:-4]):02d}.png'))[0,0]/255
+        assert x[i,:,0,0].numpy() == pytest.approx(pixel, abs=1e-6)
+        assert y[i].tolist() == pytest.approx(expected_row(later.iloc[i], train), rel=1e-4)
+    with learn.no_bar(), learn.no_logging():
+        found = dict(zip(['loss', *(m.name for m in learn.metrics)], learn.validate(dl=dl)))
+        files = [folder/Path(o).name for o in later.image]
+        ours = predict_named(learn, files)
+    assert found['age_mean_absolute_error'] == pytest.approx(np.abs(ours.age.values-later.age.values).mean(), rel=1e-4)
+    assert found['colour_error_rate'] == pytest.approx((ours.colour.values != 'green').mean())
+    assert torch.equal(learn.dls.test_dl(later.drop(columns=COLUMNS), bs=7, **where).one_batch()[0].cpu(), x)
+    with learn.no_bar(): assert predict_named(learn, later, **where).age.tolist() == ours.age.tolist()
+    assert learn.dls.targets['age'].mean == pytest.approx(train.age.mean())  # as it was
+
+def test_rows_without_some_labels_and_rows_given_twice(df, old):
+    gaps = df[:6].assign(age=[1., np.nan]*3, colour=[None, 'red']*3)
+    y = old.test_dl(gaps, with_labels=True, bs=6).one_batch()[1]
+    assert y[:,1].isnan().tolist() == [False, True]*3 and y[:,0].isnan().tolist() == [True, False]*3
+    twice = df.iloc[[3, 3, 5]]
+    assert len(old.test_dl(twice, bs=3).one_batch()[0]) == 3
+    with pytest.raises(ValueError, match='more than once: keep one row a file'): old.test_dl(twice, with_labels=True)
+
+@pytest.mark.parametrize('change, error, text', [
+    (dict(colour='pink'), ValueError, "colour: unknown label 'pink'.*were fitted before"),
+    (dict(image='none.png'), FileNotFoundError, "1 rows have no picture, such as 'none.png'"),
+    (dict(image=None), ValueError, "12 rows have no name in column 'image'")])
+def test_rows_that_do_not_fit_are_refused(df, old, change, error, text):
+    with pytest.raises(error, match=text): old.test_dl(df.assign(**change), with_labels=True)
+
+def test_columns_that_are_not_there_are_refused(df, old):
+    with pytest.raises(KeyError, match="no column 'image', which names the pictures: it holds"):
+        old.test_dl(df.drop(columns='image'))
+    with pytest.raises(KeyError, match="no column 'age' in the table"):
+        old.test_dl(df.drop(columns='age'), with_labels=True)
+    with pytest.raises(ValueError, match='found a table without rows'): old.test_dl(df[:0])
+
+def test_files_find_the_labels_of_training(df, old, tmp_path, elsewhere, monkeypatch):
+    files, labels = old.valid_ds.items, [y for _, y in old.valid_ds]
+    monkeypatch.chdir(files[0].parent)
+    for given in (files, [str(f) for f in files], [f.name for f in files], [Path(f.name) for f in files]):
+        y = old.test_dl(given, with_labels=True, bs=8).one_batch()[1].cpu()
+        assert torch.equal(y, torch.stack(labels).as_subclass(type(y)))
+        assert len(old.test_dl(given, bs=8).one_batch()) == 1
+    text = r'colour: 12 files have no label, such as .* and 9 more: give a table .* test_dl\(df, with_labels=True\)'
+    with pytest.raises(KeyError, match=text): old.test_dl(sorted(elsewhere.iterdir()), with_labels=True)
+    with pytest.raises(TypeError, match='labels are looked up by the path of a picture: give files, or a table'):
+        old.test_dl([Image.open(files[0])], with_labels=True)
+    multi_target_learner(old, 'test_resnet', pretrained=False).export(tmp_path/'model.pkl')
+    loaded = load_learner(tmp_path/'model.pkl').dls
+    assert len(loaded.test_dl(files, bs=8).one_batch()[0]) == len(files)
+    with pytest.raises(KeyError, match='colour: 3 files have no label'): loaded.test_dl(files, with_labels=True)
+
+def test_loaders_of_folders_and_tables(tree, df):
+    targets = Targets(place=CategoryTarget(parent_label), third=RegressionTarget(third))
+    dls = MultiTargetDataLoaders.from_folder(tree, targets, seed=1, bs=2, num_workers=0)
+    with pytest.raises(TypeError, match='made from folders: expected a list of files, found a table'): dls.test_dl(df)
+    y = dls.test_dl([str(tree/'z'/'2.png')], with_labels=True).one_batch()[1]
+    t = dls.targets['third']
+    assert y[0].tolist() == pytest.approx([2, (2/3-t.mean)/t.std])
+    with pytest.raises(TypeError, match='path and folder are for a table'): dls.test_dl([tree/'z'/'2.png'], path=tree)
+
+def test_a_suffix_that_is_added_to_names(path, df):
+    short = df.assign(image=[o[:-4] for o in df.image])
+    dls = load(path, short, ['colour'], suff='.png')
+    assert dls.test_dl(short[:3], with_labels=True, bs=3).one_batch()[1][:,0].tolist() == [2, 1, 0]

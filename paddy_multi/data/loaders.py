@@ -147,7 +147,10 @@ def test_dl(self:MultiTargetDataLoaders,
     elif path is not None or folder is not None:
         raise TypeError('path and folder are for a table: give the files with their whole paths')
     files = [Path(o) if isinstance(o, str) else o for o in files]
-    if self.orient is None: warn_of_turned([o for o in files if isinstance(o, Path)])
+    paths = [o for o in files if isinstance(o, Path)]
+    if with_labels and len(paths) < len(files):
+        raise TypeError('labels are looked up by the path of a picture: give files, or a table')
+    if self.orient is None: warn_of_turned(paths)
     dl = DataLoaders.test_dl(self, files, rm_type_tfms, with_labels, **kwargs)
     if with_labels: _read_labels(dl.dataset.tls[-1], self.targets, test_items, files)
     return dl
@@ -172,7 +175,7 @@ def _read_labels(labels, table, items, files):
         labels.tfms.fs = labels.tfms.fs.map(lambda o: GetLabels(getters) if isinstance(o, GetLabels) else o)
     for name, get in getters.items():
         if not isinstance(get, by_name): continue
-        lost = [o for o in files if not isinstance(o, Path) or get.key_of(o) not in (get.labels or ())]
+        lost = [o for o in files if get.key_of(o) not in (get.labels or ())]
         if lost: raise KeyError(f'{name}: {len(lost)} files have no label, such as {first_few(map(str, lost), 3)}: '
                                 'give a table of their names and labels, as test_dl(df, with_labels=True)')
     table.count([GetLabels(getters)(o) for o in files])
