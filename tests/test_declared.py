@@ -1,4 +1,5 @@
 "Columns, folders, learners and metrics as users give them: what is guessed or refused; nothing is trained by mistake"
+import gzip
 import math
 import shutil
 import warnings
@@ -9,14 +10,15 @@ import pandas as pd
 import pytest
 import sklearn.metrics as skm
 import torch
-from fastai.vision.all import (BalancedAccuracy, CohenKappa, DataBlock, F1Score, ImageBlock, Perplexity, RandomSplitter,
-                               Resize, accuracy, accuracy_multi, error_rate, mae, parent_label, set_seed,
-                               trainable_params)
+from fastai.vision.all import (BalancedAccuracy, Callback, CohenKappa, DataBlock, F1Score, ImageBlock, Perplexity,
+                               RandomSplitter, Resize, TfmdDL, accuracy, accuracy_multi, error_rate, load_learner, mae,
+                               parent_label, set_seed, trainable_params)
+from scipy.stats import chisquare
 from torch import nn
 
-from paddy_multi.all import (CategoryTarget, MultiCategoryTarget, MultiTargetDataLoaders, MultiTargetInterpretation,
-                             OrdinalTarget, RegressionTarget, StratifiedSplitter, Targets, by_name,
-                             multi_target_learner, sample_digits, target_metrics, write_report)
+from paddy_multi.all import (CategoryTarget, MicroBatch, MultiCategoryTarget, MultiTargetDataLoaders,
+                             MultiTargetInterpretation, OrdinalTarget, RegressionTarget, StratifiedSplitter, Targets,
+                             by_name, multi_target_learner, sample_digits, target_metrics, write_report)
 
 
 @pytest.fixture(scope='module')
@@ -155,6 +157,147 @@ def test_a_folder_that_is_not_there_is_named(path, tmp_path, sides, lost):
     targets = Targets(kind=CategoryTarget(parent_label))
     with pytest.raises(FileNotFoundError, match=f'no pictures in .*{lost}'):
         MultiTargetDataLoaders.from_folder(top, targets, train=sides[0], valid=sides[1])
+
+
+# --- tables as others write them --------------------------------------------------------------
+def as_text(labels, sep=',', quote=''):
+    rows = [labels.columns, *labels.astype(str).to_numpy()]
+    return ''.join(sep.join(f'{quote}{o}{quote}' for o in row) + '\n' for row in rows)
+
+@pytest.mark.parametrize('name, write', [
+    ('labels.csv', lambda t, f: f.write_text(as_text(t, ';'))),
+    ('labels.tsv', lambda t, f: f.write_text(as_text(t, '\t'))),
+    ('labels.csv', lambda t, f: f.write_bytes(b'\xef\xbb\xbf' + as_text(t).encode())),
+    ('labels.csv.gz', lambda t, f: f.write_bytes(gzip.compress(as_text(t).encode()))),
+    ('labels.csv', lambda t, f: f.write_text(as_text(t, ', '))),
+    ('labels.csv', lambda t, f: f.write_text(as_text(t, quote='"').replace('\n', '\r\n'))),
+    ('labels.parquet', lambda t, f: t.to_parquet(f))],
+    ids=['semicolons', 'tabs', 'mark', 'gzip', 'spaces', 'quotes', 'parquet'])
+def test_tables_as_others_write_them(path, labels, tmp_path, name, write):
+    if name.endswith('parquet'): pytest.importorskip('pyarrow')
+    (tmp_path/'images').symlink_to(path/'images')
+    write(labels, tmp_path/name)
+    dls = MultiTargetDataLoaders.from_csv(tmp_path, name, folder='images', targets=['slant', 'ink'], seed=1, bs=8,
+                                          num_workers=0)
+    expected = load(path, labels, ['slant', 'ink'], bs=8)
+    assert [o.name for o in dls.train_ds.items] == [o.name for o in expected.train_ds.items]
+    assert dls.targets.vocabs == expected.targets.vocabs
+    assert dls.targets['ink'].mean == pytest.approx(expected.targets['ink'].mean, rel=1e-9)
+
+def test_other_text_and_rows_that_are_too_long(path, labels, tmp_path):
+    (tmp_path/'images').symlink_to(path/'images')
+    other = labels.assign(slant=labels.slant.replace('left', 'gauche, à'))
+    other.to_csv(tmp_path/'labels.csv', index=False, encoding='latin-1')
+    def read(**kwargs): return MultiTargetDataLoaders.from_csv(tmp_path, folder='images', targets=['slant'], seed=1,
+                                                               bs=8, num_workers=0, **kwargs)
+    assert 'gauche, à' in read(encoding='latin-1').targets.vocabs['slant']
+    with pytest.raises(ValueError, match='labels.csv'): read()
+    text = as_text(labels).replace('image,', '')             # one name less than the rows
+    (tmp_path/'labels.csv').write_text(text)
+    with pytest.raises(ValueError, match='labels.csv'): read()
+
+def test_names_of_pictures_keep_their_zeros(path, labels, tmp_path):
+    (tmp_path/'images').symlink_to(path/'images')
+    labels.assign(image=labels.image.str[:-4]).to_csv(tmp_path/'labels.csv', index=False)
+    dls = MultiTargetDataLoaders.from_csv(tmp_path, folder='images', targets=['slant'], suff='.png', seed=1, bs=8)
+    assert {o.name for o in [*dls.train_ds.items, *dls.valid_ds.items]} == set(labels.image)
+
+
+# --- classes in balance -----------------------------------------------------------------------
+@pytest.fixture
+def rare(labels):
+    "40 rows of one class, 12 of another, 4 of a third and 8 without one, each with a number of its own"
+    kinds = ['common']*40 + ['some']*12 + ['rare']*4 + [None]*8
+    return labels[:64].assign(kind=kinds, row=np.arange(64.)+.5)
+
+def drawn_rows(dls, epochs):
+    "How often each row is in the batches of some epochs"
+    t = dls.targets['row']
+    y = torch.cat([y for _ in range(epochs) for _, y in dls.train]).cpu()
+    return np.bincount((y[:,t.cols.start].double()*t.std + t.mean - .5).round().int().numpy(), minlength=64)
+
+def everything(df): return [*range(len(df))], [3, 50, 60]
+EXPECTED = np.repeat([56/3/40, 56/3/12, 56/3/4, 1.], [40, 12, 4, 8])  # times an epoch
+
+@pytest.mark.parametrize('bs, num_workers', [(64, 0), (8, 0), (16, 1)])
+def test_rows_are_drawn_as_often_as_they_should(path, rare, bs, num_workers):
+    dls = load(path, rare, ['kind', 'row'], kinds=dict(row='regression'), balance='kind', splitter=everything, bs=bs,
+               num_workers=num_workers)
+    np.random.seed(3)
+    epochs = 60 if num_workers == 0 else 20
+    drawn = drawn_rows(dls, epochs)
+    assert drawn.sum() == 64*epochs
+    assert chisquare(drawn, EXPECTED*epochs).pvalue > .001
+    classes = [drawn[a:b].sum() for a, b in ((0, 40), (40, 52), (52, 56), (56, 64))]
+    assert chisquare(classes, np.array([56/3]*3 + [8])*epochs).pvalue > .001
+    plain = load(path, rare, ['kind', 'row'], kinds=dict(row='regression'), splitter=everything, bs=bs)
+    assert (drawn_rows(plain, 2) == 2).all()                   # without balance each row comes once an epoch
+
+def test_validation_and_passes_in_order_hold_every_row_once(path, rare):
+    dls = load(path, rare, ['kind', 'row'], kinds=dict(row='regression'), balance='kind', splitter=everything)
+    assert [o.name for o in dls.valid_ds.items] == rare.image[[3, 50, 60]].tolist()
+    y = torch.cat([y for _, y in dls.valid]).cpu()
+    t = dls.targets['row']
+    assert (y[:,t.cols.start]*t.std + t.mean).tolist() == pytest.approx([3.5, 50.5, 60.5], abs=1e-4)
+    learn = learner(dls, 'test_resnet', pretrained=False)
+    with learn.no_bar(): _, y = learn.get_preds(ds_idx=0)
+    assert (y[:,t.cols.start]*t.std + t.mean).tolist() == pytest.approx([*(np.arange(64)+.5)], abs=1e-4)
+
+def test_the_same_seed_draws_the_same_rows_and_a_copy_of_a_loader_balances_too(path, rare):
+    dls = load(path, rare, ['kind', 'row'], kinds=dict(row='regression'), balance='kind', splitter=everything)
+    def rows(dl):
+        np.random.seed(5)
+        return list(dl.get_idxs())
+    assert rows(dls.train) == rows(dls.train.new()) == rows(dls.train.new(bs=4)) != [*range(64)]
+    assert not hasattr(dls.train.new(cls=TfmdDL), 'wgts')
+
+class CountLabels(Callback):
+    "Counts the encoded labels of the first column in training"
+    def __init__(self): self.seen = []
+    def before_batch(self):
+        if self.training: self.seen += self.yb[0][:,0].tolist()
+
+def test_training_in_chunks_and_after_export(path, rare, tmp_path):
+    dls = load(path, rare, ['kind', 'ink'], balance='kind', splitter=everything, bs=16)
+    count = CountLabels()
+    learn = learner(dls, 'test_resnet', pretrained=False, cbs=[count, MicroBatch(4)])
+    set_seed(1)
+    fit(learn, 4)
+    seen = pd.Series(count.seen).value_counts(dropna=False)
+    assert seen.sum() == 4*64 and chisquare(seen.reindex([0, 1, 2, np.nan]), [4*56/3]*3 + [32]).pvalue > .001
+    learn.export(tmp_path/'model.pkl')
+    loaded = load_learner(tmp_path/'model.pkl')
+    assert len(loaded.dls.test_dl(rare[:5], bs=5).one_batch()[0]) == 5
+
+def test_ranks_folders_and_fitted_tables_are_balanced_too(path, rare, tmp_path):
+    ranks = load(path, rare, ['kind'], kinds=dict(kind=OrdinalTarget(vocab=['rare', 'some', 'common'])),
+                 balance='kind', splitter=everything)
+    again = MultiTargetDataLoaders.from_df(rare, path, ranks.targets, folder='images', balance='kind',
+                                           splitter=everything)
+    for dls in (ranks, again): assert dls.train.wgts*64 == pytest.approx(EXPECTED)
+    for i, kind in enumerate(rare.kind[:56]):
+        (tmp_path/kind).mkdir(exist_ok=True)
+        shutil.copy(path/'images'/rare.image[i], tmp_path/kind/f'{i}.png')
+    dls = MultiTargetDataLoaders.from_folder(
+        tmp_path, Targets(kind=CategoryTarget(parent_label)), balance='kind', bs=8, num_workers=0,
+        splitter=lambda files: ([*range(len(files))], [0, 1, 2]))
+    for f, w in zip(dls.train_ds.items, dls.train.wgts): assert w*56 == pytest.approx(EXPECTED[int(f.stem)])
+
+def only_ages(df): return df.assign(age=df.ink*100, tags=[['a'], ['b']]*32, spots=[0, 1]*32)
+
+@pytest.mark.parametrize('balance, error, text', [
+    ('age', ValueError, "balance='age': expected a target with one class a row, found a regression: name one with"),
+    ('spots', ValueError, 'found a count'), ('tags', ValueError, 'found a multicategory'),
+    ('digit', KeyError, r"balance='digit': no target of that name: choose one of \['kind', 'age', 'tags', 'spots'\]"),
+    (['kind', 'age'], TypeError, r"balance=\['kind', 'age'\]: expected the name of one target")])
+def test_what_cannot_be_balanced_is_refused(path, rare, balance, error, text):
+    with pytest.raises(error, match=text):
+        load(path, only_ages(rare), ['kind', 'age', 'tags', 'spots'], kinds=dict(spots='count'), balance=balance)
+
+@pytest.mark.parametrize('kwargs', [dict(shuffle=False), dict(dl_type=TfmdDL), dict(n=10), dict(shuffle_train=False)])
+def test_loaders_that_do_not_draw_are_refused(path, rare, kwargs):
+    with pytest.raises(ValueError, match=f"balance='kind' draws the rows of an epoch at random: leave {[*kwargs][0]}"):
+        load(path, rare, ['kind'], balance='kind', **kwargs)
 
 
 # --- learners ---------------------------------------------------------------------------------

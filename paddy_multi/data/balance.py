@@ -28,7 +28,9 @@ def check_balance(
     targets, # `Targets` or a fitted table
     **kwargs, # As given for the loaders
 ):
-    "`KeyError` for no name of `targets`, `ValueError` for one without a class a row, or loaders that do not draw"
+    """`KeyError` for no name of `targets`, `TypeError` for none at all, `ValueError` for one without a class a row, or
+    loaders that do not draw"""
+    if not isinstance(name, str): raise TypeError(f'balance={name!r}: expected the name of one target')
     if name not in targets.names:
         raise KeyError(f'balance={name!r}: no target of that name: choose one of {targets.names}')
     if not targets[name].one_class:
