@@ -3,6 +3,7 @@ import builtins
 import errno
 import io
 import os
+import re
 from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
@@ -98,6 +99,12 @@ def operations(run, folder):
     "What `run` does below `folder`, operation by operation"
     with Disk(folder) as disk: run()
     return disk.done
+
+
+def unlike(done):
+    "Numbers of the operations in `done` that are unlike the one before or after: the first and last of many alike"
+    kinds = ['', *(re.sub(r'\w{8}\.part', 'part', o) for o in done), '']
+    return [i - 1 for i in range(1, len(done) + 1) if not kinds[i - 1] == kinds[i] == kinds[i + 1]]
 
 
 def killed(run, folder, at):

@@ -1,13 +1,24 @@
 "An error of the disk, or a kill, at every operation: what was there before stays, or what is new is there, whole"
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from fastai.learner import load_learner
+from typer.testing import CliRunner
 
-from faults import HOW, Disk, contents, killed, operations
+from collab_deep.cli.app import app as collab_deep
+from collab_deep.use.save import load_recommender, save_recommender
+from faults import HOW, Disk, contents, killed, operations, unlike
+from paddy_multi.cli.app import app as paddy_multi
 from paddy_multi.core.files import locked, write_file, written_together, written_whole
+from paddy_multi.data.paddy import sample_paddy
+from small_recommender import recommender
 
 OLD = {'a.csv': b'old', 'b.pth': b'old weights', 'mine.txt': b'kept'}
 
@@ -132,3 +143,168 @@ def test_a_limit_of_file_sizes_leaves_what_was_there(folder):
     assert said[0] == f"OSError [Errno 27] File too large: '{folder/'a.csv'}'"
     assert all(o.startswith('OSError [Errno ') and f"'{folder}" in o for o in said), said
     assert contents(folder) == OLD
+
+
+# --- a recommender --------------------------------------------------------------------------------------------------
+def recommender_of(seed):
+    pairs = [(1, 1), (1, 2), (2, 3), (3, 1)]
+    return recommender(pairs, users=['ann', 'ben', 'eva'], items=['x', 'y', 'z'], seed=seed)
+
+def weights(folder): return sum(o.sum().item() for o in load_recommender(folder).model.state_dict().values())
+
+
+@pytest.mark.parametrize('how', HOW)
+def test_a_saved_recommender_is_old_or_new(folder, how):
+    def save(seed): return lambda folder: save_recommender(recommender_of(seed), folder)
+    known = []
+    for seed in (0, 1):
+        save(seed)(folder)
+        known.append(weights(folder))
+    for first in (True, False):  # into a folder that is made, and over an older one
+        def start():
+            shutil.rmtree(folder, ignore_errors=True)
+            if not first: save(0)(folder)
+        start()
+        for at, operation in enumerate(operations(lambda: save(1)(folder), folder.parent)):
+            start()
+            if operation.startswith('mkdir') and not first: continue  # it is there, and no error
+            fails(save(1), folder, at, how)
+            if first and not (folder/'recommender.json').exists(): continue
+            assert weights(folder) in known[first:], operation
+            save(1)(folder)
+            assert weights(folder) == known[1] and len(contents(folder)) == 2, operation
+
+
+# --- the commands ---------------------------------------------------------------------------------------------------
+def run(app, *args): return CliRunner().invoke(app, [*map(str, args)])
+
+def said_in_a_line(done):
+    "The error of a command that could not write"
+    assert type(done.exception) is SystemExit and done.exit_code in (1, 2), (done.exception, done.output)
+    assert 'Traceback' not in done.output
+    if done.exit_code == 1: assert re.fullmatch('(Warning: .*\n)*Error: .*\n', done.stderr), done.stderr
+    return ' '.join(done.stderr.split())
+
+
+@pytest.fixture(scope='module')
+def ratings(tmp_path_factory):
+    "Synthetic ratings"
+    rng = np.random.default_rng(0)
+    file = tmp_path_factory.mktemp('ratings')/'ratings.csv'
+    columns = dict(user=rng.integers(1, 13, 150), item=rng.integers(1, 16, 150), rating=rng.integers(1, 6, 150))
+    pd.DataFrame(columns).drop_duplicates(['user', 'item']).to_csv(file, index=False)
+    return file
+
+def train_recommender(ratings, out, *more):
+    return run(collab_deep, 'train', '--ratings', ratings, '--out', out, '--factors', 2, '--epochs', 1, '--bs', 64,
+               *more)
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory): return sample_paddy(tmp_path_factory.mktemp('pictures'), n=20, missing=.2)
+
+def train_pictures(pictures, out, *more):
+    return run(paddy_multi, 'train', '--data', pictures, '--out', out, '--arch', 'test_resnet', '--no-pretrained',
+               '--size', 32, '--bs', 8, '--epochs', 2, *more)
+
+
+class Command:
+    "One of the commands, with the old results of a run of it"
+    def __init__(self, train, data, load, results, tmp_path):
+        self.train, self.data, self.load, self.results = train, data, load, results
+        self.tmp_path, self.out = tmp_path, tmp_path/'out'
+        assert train(data, self.out).exit_code == 0
+        shutil.copytree(self.out, tmp_path/'old')
+        self.old = self.now()
+
+    def start(self):
+        shutil.rmtree(self.out, ignore_errors=True)
+        shutil.copytree(self.tmp_path/'old', self.out)
+
+    def again(self, *more): return self.train(self.data, self.out, '--overwrite', '--seed', 1, *more)
+
+    def now(self): return {o: data for o, data in contents(self.out).items() if o in self.results}
+
+    def check(self, operation):
+        "All results are the old ones, or none is"
+        now = self.now()
+        assert len(now) == len(self.old), (operation, [*now], [*self.old])
+        self.load(self.out)
+        same = [self.old[o] == now[o] for o in now]
+        assert all(same) or not any(same), (operation, [*zip(now, same)])
+        return all(same)
+
+
+COMMANDS = [(train_recommender, 'ratings', load_recommender, ['recommender.json', 'report.html']),
+            (train_pictures, 'pictures', lambda out: load_learner(out/'model.pkl'),
+             ['model.pkl', 'predictions.csv', 'report.html'])]
+
+@pytest.mark.parametrize('train, data, load, results', COMMANDS, ids=['collab-deep', 'paddy-multi'])
+@pytest.mark.parametrize('how, every', [
+    ('once', 7), *(pytest.param(how, 1, marks=pytest.mark.slow) for how in ('once', 'stays'))])
+def test_old_results_stay_until_the_new_are_there(train, data, load, results, how, every, tmp_path, request):
+    command = Command(train, request.getfixturevalue(data), load, results, tmp_path)
+    with Disk(tmp_path) as disk: assert command.again().exit_code == 0
+    assert not command.check('none') and len(disk.done) > 15
+    for at in unlike(disk.done)[::every]:
+        command.start()
+        with Disk(tmp_path, at, how): done = command.again()
+        if done.exit_code == 0 and how == 'once': assert not command.check(disk.done[at])
+        else:
+            assert str(command.out) in said_in_a_line(done), done.output
+            if how == 'stays': tidy(command.out)
+            command.check(disk.done[at])
+
+def tidy(out):
+    "What the next run of a command begins with"
+    with locked(out): pass
+
+KILL = """
+import sys
+import torch
+from faults import Disk
+from {module} import app
+with Disk({folder!r}, {at}, 'kill'): app({args})
+"""
+
+@pytest.mark.slow
+@pytest.mark.parametrize('train, data, load, results', COMMANDS, ids=['collab-deep', 'paddy-multi'])
+def test_a_kill_leaves_old_results_or_new_ones(train, data, load, results, tmp_path, request, monkeypatch):
+    command = Command(train, request.getfixturevalue(data), load, results, tmp_path)
+    with Disk(tmp_path) as disk: assert command.again().exit_code == 0
+    def run_and_kill(app, *args):
+        module = 'collab_deep.cli.app' if app is collab_deep else 'paddy_multi.cli.app'
+        code = KILL.format(module=module, folder=str(tmp_path), at=at, args=[*map(str, args)])
+        return subprocess.run([sys.executable, '-c', code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    monkeypatch.setattr(sys.modules[__name__], 'run', run_and_kill)
+    for at in unlike(disk.done)[::5]:
+        command.start()
+        done = command.again()
+        assert done.returncode == 9, done.stderr
+        tidy(command.out)
+        command.check(disk.done[at])
+
+
+@pytest.mark.parametrize('how, every', [
+    ('once', 9), *(pytest.param(how, 1, marks=pytest.mark.slow) for how in ('once', 'stays'))])
+def test_a_run_that_cannot_go_on_goes_on_later(pictures, how, every, tmp_path):
+    "Stopped by a full disk before its last checkpoint, and again at each operation of going on: nothing is lost"
+    out, stopped, whole = tmp_path/'out', tmp_path/'stopped', tmp_path/'whole'
+    def go_on(): return run(paddy_multi, 'train', '--resume', '--out', out)
+    with Disk(tmp_path) as disk: assert train_pictures(pictures, out).exit_code == 0
+    out.rename(whole)
+    last = [i for i, o in enumerate(disk.done) if o.startswith('replace') and o.endswith('checkpoint.pth')][-1]
+    with Disk(tmp_path, last): said_in_a_line(train_pictures(pictures, out))
+    out.rename(stopped)
+    for at in unlike(operations_of_going_on(go_on, stopped, out, tmp_path))[::every]:
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(stopped, out)
+        with Disk(tmp_path, at, how) as disk: done = go_on()
+        if done.exit_code: said_in_a_line(done)
+        again = go_on()
+        assert again.exit_code == 0, (disk.done[at], again.output)
+        assert (out/'predictions.csv').read_text() == (whole/'predictions.csv').read_text(), disk.done[at]
+
+def operations_of_going_on(go_on, stopped, out, folder):
+    shutil.copytree(stopped, out)
+    def succeed(): assert go_on().exit_code == 0
+    return operations(succeed, folder)
