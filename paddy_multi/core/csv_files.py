@@ -117,27 +117,35 @@ def check_names(file, names):
 # %% ../../nbs/paddy_multi/core/07_csv_files.ipynb #n021
 def scan_cells(blocks, delimiter):
     "How many delimiters are outside quotes; any leading zeros, spaces around cells, odd quotes and NUL bytes"
-    last, quoted, found = b'\n', 0, dict(delimiters=0, zeros=False, spaces=False, odd=False, nul=False)
+    last, quoted, found = b'\n', False, dict(delimiters=0, zeros=False, spaces=False, odd=False, nul=False)
     for block in chain(blocks, [b'\n']):
-        b = np.frombuffer(last+block, np.uint8)
-        quote, split, end = b == 34, b == ord(delimiter), (b == 10) | (b == 13)
-        if quoted or quote.any():
-            inside = np.cumsum(np.append(np.uint8(quoted), quote[1:]), dtype=np.uint8) & 1
-            split, end = split & (inside == 0), end & (inside == 0)
-            found['odd'] |= _odd_quotes(quote, inside, quote | split | end | (b == 32))
-            quoted = inside[-2] if len(b) > 1 else 0
+        data = last+block
+        b = np.frombuffer(data, np.uint8)
+        split, edge = b == ord(delimiter), b == 10
+        if b'\r' in data: edge |= b == 13
+        if quoted or b'"' in data:
+            inside, odd = _quotes(b, quoted, delimiter)
+            split, edge, quoted = split & ~inside, edge & ~inside | (b == 34), bool(inside[-2:][0])
+            found['odd'] |= odd
+        edge |= split
         found['delimiters'] += int(np.count_nonzero(split[1:-1]))
-        edge, space = quote | split | end, (b == 32) | (b == 9) & (delimiter != '\t')
-        found['zeros'] |= bool(((edge | space)[:-2] & (b[1:-1] == 48) & (b[2:]-48 < 10)).any())
-        found['spaces'] |= bool((edge[:-1] & space[1:] | space[:-1] & edge[1:]).any()) or b'\xc2\xa0' in block
-        found['nul'] |= b'\0' in block
-        last = b[-2:].tobytes()  # all bytes but the last have been seen, which has its neighbours in the next turn
-    return dict(found, odd=found['odd'] or bool(quoted))
+        zero = edge[:-2] & (b[1:-1] == 48)
+        if zero.any(): found['zeros'] |= bool((zero & (b[2:]-48 < 10)).any())
+        if b' ' in data or b'\t' in data:
+            space = (b == 32) | (b == 9) & (delimiter != '\t')
+            found['spaces'] |= bool((edge[:-1] & space[1:] | space[:-1] & edge[1:]).any())
+        found['spaces'] |= b'\xc2\xa0' in data
+        found['nul'] |= b'\0' in data
+        last = data[-2:]  # all bytes but the last have been seen, which has its neighbours in the next turn
+    return dict(found, odd=found['odd'] or quoted)
 
-def _odd_quotes(quote, inside, edge):
-    "Is there a quote that opens in the middle of a cell, or text after one that closes?"
-    opens, closes = quote & (inside == 1), quote & (inside == 0)
-    return bool((opens[1:-1] & ~edge[:-2] | closes[1:-1] & ~edge[2:]).any())
+def _quotes(b, quoted, delimiter):
+    "Which bytes are inside quotes; does a quote open in the middle of a cell, or close before the end of one?"
+    at = np.flatnonzero(b[1:] == 34)+1
+    inside = np.repeat((np.arange(len(at)+1)+quoted) % 2 == 1, np.diff(at, prepend=0, append=len(b)))
+    at = at[at < len(b)-1]
+    beside = np.where(inside[at], b[at-1], b[at+1])
+    return inside, not np.isin(beside, list(b' "\r\n'+delimiter.encode())).all()
 
 # %% ../../nbs/paddy_multi/core/07_csv_files.ipynb #n023
 def check_rows(file, delimiter, encoding, n):

@@ -130,7 +130,7 @@ def _exact(file, df, read, found, kwargs):
     "`df` with text where numbers would lose something, and without spaces around text"
     asked, gap = kwargs.get('dtype') or {}, np.nan if kwargs.get('keep_default_na', True) else ''
     free = [o for o in df if o not in asked] if isinstance(asked, dict) else []
-    lossy = [o for o in free if _may_lose(df[o], found['zeros'])]
+    lossy = [o for o in free if _may_lose(df[o], found['zeros'] or found['spaces'])]
     if lossy:
         text = read(dtype=str, usecols=lossy)
         df = df.assign(**{o: text[o] for o in lossy if _loses(df[o], text[o])})
