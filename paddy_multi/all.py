@@ -37,6 +37,7 @@ from .accumulate.processes import *
 from .accumulate.case import *
 from .accumulate.benchmark import *
 from .train.heads import *
+from .train.watch import *
 from .train.learner import *
 from .train.checkpoint import *
 from .train.fingerprint import *

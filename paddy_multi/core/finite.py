@@ -49,7 +49,13 @@ def fetched_loss(
 )->torch.Tensor: # On the CPU
     "The running mean of the loss, which the recorder has fetched; the loss itself where there is no recorder"
     recorder = getattr(learn, 'recorder', None)
-    return learn.loss.mean() if recorder is None else recorder.smooth_loss.val
+    return learn.loss if recorder is None else recorder.smooth_loss.val
+
+def value_of(
+    loss:torch.Tensor, # A loss, or those of the items
+)->float:
+    "The loss, or the mean of several"
+    return loss.item() if loss.ndim == 0 else loss.detach().mean().item()
 
 # %% ../../nbs/paddy_multi/core/08_finite.ipynb #n015
 class CheckFinite(Callback):
@@ -64,10 +70,10 @@ class CheckFinite(Callback):
         if event_name in _looks: return super().__call__(event_name)
 
     def after_loss(self):
-        if is_at_hand(loss := self.learn.loss) and not math.isfinite(loss.mean()): self._refuse_loss()
+        if is_at_hand(loss := self.learn.loss) and not math.isfinite(value_of(loss)): self._refuse_loss()
 
     def after_batch(self):
-        if not is_at_hand(self.learn.loss) and not math.isfinite(fetched_loss(self.learn)): self._refuse_loss()
+        if not is_at_hand(self.learn.loss) and not math.isfinite(value_of(fetched_loss(self.learn))): self._refuse_loss()
 
     def after_train(self): self._refuse_weights()
     def after_cancel_fit(self): self._refuse_weights()
@@ -98,7 +104,7 @@ def _refuse_loss(self:CheckFinite):
     before = broken_weights(learn.model) if is_at_hand(learn.loss) else []
     cause = (f'weights such as {before[0]} were not finite before it: {_advice(learn)}' if before else
              f'look at the labels and inputs of this batch, which are in learn.yb and learn.xb, or {_advice(learn)}')
-    raise FloatingPointError(f'the loss{f" of {of}" if of else ""} is {float(learn.loss.mean())} in {place_of(learn)}; '
+    raise FloatingPointError(f'the loss{f" of {of}" if of else ""} is {value_of(learn.loss)} in {place_of(learn)}; '
                              f'{cause}')
 
 @patch
