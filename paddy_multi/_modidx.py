@@ -1092,6 +1092,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'paddy_multi/targets/encoded.py'),
                                              'paddy_multi.targets.encoded.by_name.key_of': ( 'paddy_multi/targets/encoded.html#by_name.key_of',
                                                                                              'paddy_multi/targets/encoded.py'),
+                                             'paddy_multi.targets.encoded.by_name.known': ( 'paddy_multi/targets/encoded.html#by_name.known',
+                                                                                            'paddy_multi/targets/encoded.py'),
                                              'paddy_multi.targets.encoded.check_items': ( 'paddy_multi/targets/encoded.html#check_items',
                                                                                           'paddy_multi/targets/encoded.py')},
             'paddy_multi.targets.loss': { 'paddy_multi.targets.loss.MultiTargetLoss': ( 'paddy_multi/targets/loss.html#multitargetloss',

@@ -36,12 +36,14 @@ class by_name:
         "What `item` is called in the column `key`"
         return Path(item).name
 
+    def known(self)->dict: # Labels by the name of their item
+        "The labels that were given; `RuntimeError` where an exported learner has left them behind"
+        if self.labels is not None: return self.labels
+        raise RuntimeError(f'{self.col}: an exported learner holds no labels: give a table that does')
+
     def __call__(self, item):
-        if self.labels is None:
-            raise RuntimeError(f'{self.col}: an exported learner holds no labels; '
-                               'give them as test items with labels of their own')
         name = self.key_of(item)
-        if name not in self.labels:
+        if name not in self.known():
             raise KeyError(f'{name!r} has no row in column {self.key!r}, where {self.col!r} is looked up')
         return self.labels[name]
 
@@ -59,7 +61,7 @@ def check_items(
     warned = set()
     for name, get in getters.items():
         if not isinstance(get, by_name): continue
-        unused = frozenset(get.labels.keys() - _checked_names(name, get, items))
+        unused = frozenset(get.known().keys() - _checked_names(name, get, items))
         if unused and (get.key, unused) not in warned:
             warnings.warn(f'{name}: {len(unused)} rows of column {get.key!r} have no item, '
                           f'such as {first_few(unused, 3)}')
@@ -73,7 +75,7 @@ def _checked_names(name, get, items):
         raise ValueError(f'{name}: {first_few(shared, 3)} is the name of several items, '
                          'whose labels would be the same: '
                          f'give each a name of its own in column {get.key!r}')
-    if lost := paths.keys() - get.labels.keys():
+    if lost := paths.keys() - get.known().keys():
         raise KeyError(f'{name}: {len(lost)} items have no row in column {get.key!r}, such as {first_few(lost, 3)}: '
                        'add rows, with an empty label where it is unknown, or leave the items out')
     return paths.keys()
