@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.mixup import MixUp
 from fastai.learner import load_learner
+from fastai.metrics import rmse
 from fastai.optimizer import SGD
-from fastai.torch_core import set_seed
+from fastai.torch_core import set_seed, to_detach
 from fastai.vision.augment import Resize
 from hypothesis import given, settings, strategies as st
 from matplotlib import pyplot as plt
@@ -162,6 +164,37 @@ def test_another_class_of_one_kind_is_warned_of():
     finally:
         registry.clear()
         registry.update(before)
+
+
+class Elapsed(Target):
+    "Seconds since 1970 as a user writes them: in units by a plain sum, which float32 would lose"
+    width, reads, start = 1, (), 1_700_000_000.
+    def _fit(self, train, valid): pass
+    def _encode(self, label): return [(label - self.start)/60]
+    def _decode(self, row): return float(row[0])*60 + self.start
+    def _losses(self, preds, y): return (preds - y)[:, 0]**2
+    def to_units(self, column): return column*60 + self.start
+    def for_metric(self, preds, y): return self.to_units(preds[:, 0]), self.to_units(y[:, 0])
+    def aligned(self, acts, ref): return acts
+
+
+def test_metrics_of_an_own_kind_are_called_with_float64():
+    rows = [dict(taken=Elapsed.start + o) for o in (0., 20., 60.)]
+    table = Targets(taken=Elapsed()).fit(rows)
+    y, preds = torch.stack([table.encode(o) for o in rows]), torch.tensor([[.5], [.5], [.25]])
+    def spread(preds, targs): return (preds - targs).abs().max()
+    metrics = target_metrics(table, dict(taken=[spread, rmse]))
+    for metric, expected in zip(metrics, (45., math.sqrt((30**2 + 10**2 + 45**2)/3))):
+        metric.reset()
+        metric.accumulate(SimpleNamespace(pred=preds, y=y, yb=(y,), to_detach=to_detach))
+        assert float(metric.value) == pytest.approx(expected, abs=1e-4)
+    wrong = table['taken'].wrong(y, preds, off_by=29)
+    assert wrong.tolist() == [True, False, True]
+
+
+def test_what_an_own_kind_makes_infinite_is_refused_when_it_is_fitted():
+    with pytest.raises(ValueError, match=r'taken: 1e\+39 is encoded as .* numbers up to 1e\+15'):
+        Elapsed().fit('taken', [Elapsed.start], [1e39])
 
 
 # --- training -------------------------------------------------------------------------------------------------------
