@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # --- set-up steps, each done once -----------------------------------------------------------------------------------
 .venv/.env: settings.ini setup.py pyproject.toml constraints.txt
@@ -44,9 +44,28 @@ test: setup  ## nbdev_test and pytest
 	nbdev_test --n-workers 2 --timing
 	pytest -q -n 2 --dist loadfile
 
-test-all: setup  ## the same, with what is marked slow and with examples of hypothesis that are drawn anew
+test-all: setup test-versions  ## the same, with what is marked slow, new examples of hypothesis, and other versions
 	nbdev_test --n-workers 2 --timing --flags slow
 	pytest -q -n 2 --dist loadfile -m "not docs" --hypothesis-profile=explore
+
+# What versions could change: values, tables, saved files, training; not the commands, which are not installed there
+CORE := $(addprefix tests/test_, sliced data splitters predict tables collab_models collab_data collab_recommend collab_save)
+
+build/.oldest: settings.ini constraints-oldest.txt
+	@echo "== environment: the oldest versions allowed into build/oldest (about 6 GB)"
+	$(PY) -m venv build/oldest
+	build/oldest/bin/python -m pip install --progress-bar off -q -c constraints-oldest.txt -e ".[parquet,stratify,weights]"
+	build/oldest/bin/python -m pip install --progress-bar off -q pytest pytest-xdist hypothesis
+	build/oldest/bin/python -m pip install --progress-bar off -q --no-deps -c constraints.txt recbole palmerpenguins
+	@touch $@
+
+build/pandas-%: .venv/.env
+	$(B)/python -m pip install --progress-bar off -q --no-deps --target $@ pandas==$* pytz
+
+test-versions: setup build/.oldest build/pandas-2.2.3 build/pandas-3.0.6  ## a core of the tests with other versions
+	build/oldest/bin/python -m pytest -q -p no:cacheprovider -n 2 --dist loadfile $(CORE)
+	PYTHONPATH=build/pandas-2.2.3 pytest -q -p no:cacheprovider -n 2 --dist loadfile $(CORE)
+	PYTHONPATH=build/pandas-3.0.6 pytest -q -p no:cacheprovider -n 2 --dist loadfile $(CORE)
 
 test-docs: .venv/.env .venv/.chromium  ## the committed site in a real browser, and against the notebooks
 	pytest -q -m docs
@@ -67,6 +86,6 @@ clean:  ## remove what the targets above made, the environment included
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One thread a process: notebooks run side by side, and threads that wait for each other cost more than they bring
-test test-all outputs: export OMP_NUM_THREADS ?= 1
+test test-all test-versions outputs: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-all test-docs outputs docs bench clean
+.PHONY: help setup demo test test-all test-versions test-docs outputs docs bench clean

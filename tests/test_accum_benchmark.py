@@ -246,8 +246,8 @@ def test_a_killed_process_is_a_row_that_says_why(monkeypatch):
     assert list(bench.df.status) == ['killed, probably out of memory']
 
 
-# --- Ctrl-C ---------------------------------------------------------------------------------------------------------
-def interrupted(folder, started):
+# --- a run that is stopped -----------------------------------------------------------------------------------------
+def stopped(folder, started, busy):
     "In a process of its own: a run whose learner hangs, with a process of its own beside it; exits with 7 on Ctrl-C"
     signal.signal(signal.SIGINT, signal.default_int_handler)
     tempfile.tempdir = str(folder)
@@ -256,6 +256,7 @@ def interrupted(folder, started):
         import time
         other = subprocess.Popen(['sleep', '300'])
         started.write_text(f'{os.getpid()} {other.pid} .')
+        if busy: 7**10**9  # in C, for hours, and no other thread can run
         time.sleep(300)
     before = state()
     try: benchmark_accumulation(make_learner, accums=(1,), limit=200, progress=False)
@@ -264,23 +265,63 @@ def interrupted(folder, started):
 
 
 @linux
-def test_ctrl_c_leaves_no_process_no_file_and_no_changed_state(tmp_path):
+@pytest.mark.parametrize('sent, exits, busy', [
+    (signal.SIGINT, 7, False), (signal.SIGTERM, -signal.SIGTERM, False), (signal.SIGKILL, -signal.SIGKILL, True)],
+    ids=['Ctrl-C', 'terminated', 'killed while busy'])
+def test_a_run_that_is_stopped_leaves_no_process_and_no_file(tmp_path, sent, exits, busy):
     folder, started = tmp_path/'temp', tmp_path/'started'
     folder.mkdir()
-    process = multiprocessing.get_context('fork').Process(target=interrupted, args=(folder, started))
+    process = multiprocessing.get_context('fork').Process(target=stopped, args=(folder, started, busy))
     process.start()
     try:
         end = time.monotonic() + 90
         def hangs(): return started.exists() and started.read_text().endswith('.')
         while not hangs() and time.monotonic() < end: time.sleep(.05)
         case, other, _ = started.read_text().split()
-        assert alive(case) and alive(other) and list(folder.iterdir())
-        os.kill(process.pid, signal.SIGINT)
+        assert alive(case) and alive(other)
+        os.kill(process.pid, sent)
         process.join(20)
-        assert process.exitcode == 7
+        assert process.exitcode == exits
+        end = time.monotonic() + 1
+        while (alive(case) or alive(other)) and time.monotonic() < end: time.sleep(.01)
+        assert not alive(case) and not alive(other) and list(folder.iterdir()) == []
     finally:
         if process.is_alive(): process.kill()
-    assert not alive(case) and not alive(other) and list(folder.iterdir()) == []
+
+
+@linux
+def test_a_run_that_is_killed_while_its_process_starts(tmp_path):
+    "Before the first line of the package is imported, too"
+    def run(started):
+        real = processes.subprocess.Popen
+        def popen(*args, **kwargs):
+            process = real(*args, **kwargs)
+            started.write_text(f'{process.pid} .')
+            return process
+        processes.subprocess.Popen = popen
+        benchmark_accumulation(small, accums=(1,), progress=False)
+    started = tmp_path/'started'
+    process = multiprocessing.get_context('fork').Process(target=run, args=(started,))
+    process.start()
+    end = time.monotonic() + 60
+    while not (started.exists() and started.read_text().endswith('.')) and time.monotonic() < end: time.sleep(.005)
+    process.kill()
+    process.join()
+    case, end = started.read_text().split()[0], time.monotonic() + 1
+    while alive(case) and time.monotonic() < end: time.sleep(.01)
+    assert not alive(case)
+
+
+@linux
+def test_a_process_that_prints_or_leaves_others_behind_answers_all_the_same():
+    def job():
+        import subprocess
+        subprocess.Popen(['sleep', '300'])
+        os.system('echo printed')
+        print('printed')
+        return [1, 'é']
+    start = time.monotonic()
+    assert processes.in_process(job, 60) == ([1, 'é'], 'ok') and time.monotonic()-start < 50
 
 
 # --- the result -----------------------------------------------------------------------------------------------------

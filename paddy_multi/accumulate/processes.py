@@ -8,7 +8,6 @@ __all__ = ['FreedMemory', 'free_memory']
 # %% ../../nbs/paddy_multi/accumulate/07_processes.ipynb #c003
 import gc
 import json
-import math
 import os
 import pickle
 import re
@@ -17,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,12 +69,13 @@ def _reserved(): return torch.cuda.memory_reserved() if _uses_gpu() else 0
 
 # %% ../../nbs/paddy_multi/accumulate/07_processes.ipynb #c014
 def serve_job():
-    "What the fresh process does: a job from stdin, its result to the file that it names"
+    "What the fresh process does: a job from stdin, its result to stdout, and what the job prints to nowhere"
     job = pickle.load(sys.stdin.buffer)
     sys.path[:] = job['path']
-    if hasattr(signal, 'alarm'): signal.alarm(math.ceil(job['limit'])+5)  # also if the parent is gone
     torch.set_num_threads(job['threads'])
-    Path(job['out']).write_text(json.dumps(_answer(job['call']), default=float))
+    with os.fdopen(os.dup(1), 'w') as out:
+        os.dup2(2, 1)
+        out.write(json.dumps(_answer(job['call']), default=float))
 
 def _answer(call):
     try:
@@ -104,27 +105,44 @@ def how_it_ended(
     return 'killed, probably out of memory' if name == 'SIGKILL' else f'failed: the process was ended by {name}'
 
 # %% ../../nbs/paddy_multi/accumulate/07_processes.ipynb #c019
+_watch = """import os, signal
+if not os.fork():
+    os.closerange(0, 3)
+    os.read({pipe}, 1)
+    os.killpg(0, signal.SIGKILL)
+"""
 _serve = 'from paddy_multi.accumulate.processes import serve_job; serve_job()'
 
-def _start_process():
+@contextmanager
+def _fresh_process(out):
+    "A process that writes to `out`; it and all that it started end with the block, and with this process"
+    pipe,held = os.pipe()
+    code,pipes = (_watch.format(pipe=pipe)+_serve, [pipe]) if hasattr(os, 'fork') else (_serve, [])
     path = os.pathsep.join(o for o in sys.path if o)
-    return subprocess.Popen([sys.executable, '-c', _serve], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.DEVNULL, start_new_session=True, env={**os.environ, 'PYTHONPATH': path})
+    try:
+        process = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=out,
+                                   stderr=subprocess.DEVNULL, pass_fds=pipes, start_new_session=True,
+                                   env={**os.environ, 'PYTHONPATH': path})
+        try: yield process
+        finally: end_process(process)
+    finally:
+        for o in (pipe, held): os.close(o)
 
+# %% ../../nbs/paddy_multi/accumulate/07_processes.ipynb #c191
 def in_process(
     run:Callable, # Function whose result can be written as JSON
     limit:float, # Seconds that it may take
     **kwargs, # Its arguments
 )->tuple: # The result, None without one, and a status
     "Result and status of `run(**kwargs)` in a fresh process that has `limit` seconds"
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder)/'out.json'
-        job = pickle.dumps(dict(path=sys.path, call=cloudpickle.dumps((run, kwargs)), out=str(out), limit=limit,
-                                threads=torch.get_num_threads()))
-        process = _start_process()
-        try: process.communicate(job, timeout=limit)
-        except subprocess.TimeoutExpired: return None, f'over {limit:g} s'
-        finally: end_process(process)
-        if not out.exists(): return None, how_it_ended(process.returncode)
-        answer = json.loads(out.read_text())
-        return answer.get('result'), answer['status']
+    call = cloudpickle.dumps((run, kwargs))
+    job = pickle.dumps(dict(path=sys.path, call=call, threads=torch.get_num_threads()))
+    with tempfile.TemporaryFile() as out:
+        with _fresh_process(out) as process:
+            try: process.communicate(job, timeout=limit)
+            except subprocess.TimeoutExpired: return None, f'over {limit:g} s'
+        out.seek(0)
+        text = out.read()
+    if not text: return None, how_it_ended(process.returncode)
+    answer = json.loads(text)
+    return answer.get('result'), answer['status']
