@@ -104,6 +104,9 @@ def read_table(
     except (EOFError, zlib.error, gzip.BadGzipFile) as e: raise ValueError(f'{file} is damaged: {e}') from e
     return _without_nameless(file, df)
 
+# The last digit of a float is exact in pandas 3.1 and later, and before when asked for
+_floats = dict(float_precision='round_trip') if tuple(map(int, pd.__version__.split('.')[:2])) < (3, 1) else {}
+
 def _read_csv(file, delimiter, encoding, kwargs):
     encoding = text_encoding(file, encoding)
     delimiter = find_delimiter(file, encoding) if delimiter is None else delimiter
@@ -117,7 +120,7 @@ def _read_csv(file, delimiter, encoding, kwargs):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', pd.errors.DtypeWarning)  # `_exact` sees to mixed types
             return pd.read_csv(file, sep=delimiter, encoding=encoding, compression=compression, header=0, names=names,
-                               index_col=False, skipinitialspace=True, **{**kwargs, **more})
+                               index_col=False, skipinitialspace=True, **{**_floats, **kwargs, **more})
     try: df = read()
     except pd.errors.ParserError as e:
         check_rows(file, delimiter, encoding, len(names))
