@@ -57,17 +57,19 @@ def value_of(
     "The loss, or the mean of several"
     return loss.item() if loss.ndim == 0 else loss.detach().mean().item()
 
+# %% ../../nbs/paddy_multi/core/08_finite.ipynb #18ee8222
+class OwnEvents(Callback):
+    "A callback that is asked at the events alone for which its class has a method"
+    def __call__(self, event_name):
+        if hasattr(type(self), event_name): return super().__call__(event_name)
+
 # %% ../../nbs/paddy_multi/core/08_finite.ipynb #n015
-class CheckFinite(Callback):
+class CheckFinite(OwnEvents):
     "Ends training with `FloatingPointError` at a loss or a weight that is NaN or infinite, before anything is saved"
     order,run_valid = Recorder.order+1,False # and before those that save
     def __init__(self,
         item_losses=None, # Function of output and targets that gives the losses of every item by name, each `[bs]`
     ): self.item_losses = item_losses
-
-    def __call__(self, event_name):
-        "As any callback, without fastai's search for the methods that it has not"
-        if event_name in _looks: return super().__call__(event_name)
 
     def after_loss(self):
         if is_at_hand(loss := self.learn.loss) and not math.isfinite(value_of(loss)): self._refuse_loss()
@@ -77,8 +79,6 @@ class CheckFinite(Callback):
 
     def after_train(self): self._refuse_weights()
     def after_cancel_fit(self): self._refuse_weights()
-
-_looks = {'after_loss', 'after_batch', 'after_train', 'after_cancel_fit', 'after_validate'}
 
 # %% ../../nbs/paddy_multi/core/08_finite.ipynb #n017
 def place_of(

@@ -9,11 +9,11 @@ __all__ = ['CheckTargets', 'declared_targets']
 import warnings
 
 import torch
-from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import TrackerCallback
 
 from ..core.facts import differences
+from ..core.finite import OwnEvents
 
 # %% ../../nbs/paddy_multi/train/01_watch.ipynb #n009
 def facts_of(
@@ -42,7 +42,7 @@ def check_same_targets(
                          'learner')
 
 # %% ../../nbs/paddy_multi/train/01_watch.ipynb #n012
-class CheckTargets(Callback):
+class CheckTargets(OwnEvents):
     "Refuses unknown names in trackers and data of other targets, and warns of what would train badly"
     order = TrackerCallback.order-1
     def __init__(self,
