@@ -270,6 +270,11 @@ def test_a_name_with_a_line_break_stays_in_one_line(six):
     assert found.file[0] == file and '\\n' in found.error[0] and '\n' not in found.error[0]
     with pytest.raises(OSError, match=r'3\\n.png'): read_picture(file)
 
+def test_a_short_name_is_named_too(six, monkeypatch):
+    monkeypatch.chdir(six)
+    Path('e').write_bytes(encoded('png')[:500])
+    with pytest.raises(OSError, match="cannot read 'e' "): read_picture('e')
+
 def test_a_file_that_goes_meanwhile_is_a_row(six, monkeypatch):
     files = picture_files(six)
     read, gone = read_picture, files[3]
@@ -355,12 +360,16 @@ def test_odd_entries_are_left_out_and_named(six):
           pytest.raises(FileNotFoundError, match="1 rows have no picture, such as 'pipe.png'")):
         MultiTargetDataLoaders.from_df(df, six, targets=['label'])
 
-@pytest.mark.skipif(os.geteuid() == 0, reason='root may read any folder')
-def test_a_folder_without_rights_is_named(tmp_path):
+def test_a_folder_without_rights_is_named(tmp_path, monkeypatch):
     touch(tmp_path, 'shut/1.png', '2.png')
-    (tmp_path/'shut').chmod(0)
-    with pytest.raises(PermissionError, match='shut'): picture_files(tmp_path)
-    (tmp_path/'shut').chmod(0o755)
+    scandir = os.scandir
+    def refuse(place):
+        if Path(place).name == 'shut': raise PermissionError(13, 'Permission denied', str(place))
+        return scandir(place)
+    monkeypatch.setattr(os, 'scandir', refuse)              # root may read any folder
+    with pytest.warns(UserWarning, match="shut' may not be read, so its pictures are left out"):
+        assert below(tmp_path, picture_files(tmp_path)) == ['2.png']
+    with pytest.raises(PermissionError, match='shut'): picture_files(tmp_path/'shut')
 
 def test_a_class_of_a_linked_folder_keeps_its_name(tmp_path):
     touch(tmp_path, *(f'store/{i}.png' for i in range(6)), *(f'data/b/{i}.png' for i in range(6)))

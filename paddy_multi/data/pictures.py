@@ -59,7 +59,8 @@ def read_picture(
         check_file(file)
         with Image.open(file) as img: return _as_asked(img, mode, orient)
     except Exception as e:
-        if isinstance(e, UnidentifiedImageError) or getattr(e, 'filename', None) or str(file) in str(e): raise
+        named = isinstance(e, UnidentifiedImageError) or getattr(e, 'filename', None) or repr(str(file)) in str(e)
+        if named: raise
         raise OSError(f'cannot read {str(file)!r} ({type(e).__name__}: {e}): '
                       'check_pictures(files) finds all files like it') from e
 
@@ -154,10 +155,10 @@ def folders_once(
     folder:Path, # Where to begin
     folders:list=None, # Only these of the folders in it, itself left out
 ): # Gives for each folder its path and the names in it, or None for one that was given before
-    "Walk through `folder`: each folder once, real ones before links; `OSError` for one that cannot be read"
+    "Walk through `folder`: each folder once, real ones before links; a warning of one that may not be read"
     tops,seen = [Path(folder)],{_identity(o) for o in Path(folder).resolve().parents}
     for top in tops:  # which grows by the links that are met
-        for place, inner, names in os.walk(top, onerror=_raise):
+        for place, inner, names in os.walk(top, onerror=_not_listed(folder)):
             place,again = Path(place),_identity(place) in seen
             seen.add(_identity(place))
             inner[:] = [] if again else [o for o in inner if not o.startswith('.')]
@@ -171,7 +172,12 @@ def _identity(folder):
     found = os.stat(folder)
     return found.st_dev,found.st_ino
 
-def _raise(error): raise error
+def _not_listed(top):
+    "What to do with an error of listing: a warning if a folder in `top` may not be read"
+    def _inner(error):
+        if not isinstance(error, PermissionError) or Path(error.filename) == Path(top): raise error
+        warnings.warn(f'{str(error.filename)!r} may not be read, so its pictures are left out')
+    return _inner
 
 # %% ../../nbs/paddy_multi/data/04_pictures.ipynb #n034
 def picture_files(
@@ -179,7 +185,7 @@ def picture_files(
     folders:list=None, # Only these of the folders in it, and none of the pictures beside them
 )->list: # Paths
     """The pictures in `folder`, as fastai's `get_image_files`; each folder once, whatever links to it, and a warning
-    of what is left out; `OSError` for a folder that cannot be read"""
+    of what is left out; `OSError` if `folder` cannot be read"""
     files,odd,twice = [],[],[]
     for place, names in folders_once(folder, folders):
         if names is None: twice.append(str(place))
