@@ -33,7 +33,7 @@ class Disk:
 
     def __enter__(self):
         self.stack = ExitStack()
-        for name in ('fsync', 'write', 'pwrite', 'ftruncate', 'mkdir', 'replace', 'rename', 'link'):
+        for name in ('fsync', 'write', 'pwrite', 'sendfile', 'ftruncate', 'mkdir', 'replace', 'rename', 'link'):
             self.stack.enter_context(patch.object(os, name, self.counted(name, getattr(os, name))))
         self.stack.enter_context(patch.object(os, 'open', self.os_open(os.open)))
         for module in (builtins, io):

@@ -204,7 +204,7 @@ def pictures(tmp_path_factory): return sample_paddy(tmp_path_factory.mktemp('pic
 
 def train_pictures(pictures, out, *more):
     return run(paddy_multi, 'train', '--data', pictures, '--out', out, '--arch', 'test_resnet', '--no-pretrained',
-               '--size', 32, '--bs', 8, '--epochs', 2, *more)
+               '--size', 32, '--bs', 8, '--targets', 'label', '--epochs', 1, *more)
 
 
 class Command:
@@ -290,10 +290,10 @@ def test_a_run_that_cannot_go_on_goes_on_later(pictures, how, every, tmp_path):
     "Stopped by a full disk before its last checkpoint, and again at each operation of going on: nothing is lost"
     out, stopped, whole = tmp_path/'out', tmp_path/'stopped', tmp_path/'whole'
     def go_on(): return run(paddy_multi, 'train', '--resume', '--out', out)
-    with Disk(tmp_path) as disk: assert train_pictures(pictures, out).exit_code == 0
+    with Disk(tmp_path) as disk: assert train_pictures(pictures, out, '--epochs', 2).exit_code == 0
     out.rename(whole)
     last = [i for i, o in enumerate(disk.done) if o.startswith('replace') and o.endswith('checkpoint.pth')][-1]
-    with Disk(tmp_path, last): said_in_a_line(train_pictures(pictures, out))
+    with Disk(tmp_path, last): said_in_a_line(train_pictures(pictures, out, '--epochs', 2))
     out.rename(stopped)
     for at in unlike(operations_of_going_on(go_on, stopped, out, tmp_path))[::every]:
         shutil.rmtree(out, ignore_errors=True)

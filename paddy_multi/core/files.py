@@ -46,13 +46,14 @@ def _errors_name(file, part):
     "Errors of the disk inside the block name `file`, not the `part` that was written to"
     try: yield
     except OSError as e:
-        named = str(e.filename or part)
-        if e.errno is None or not named.startswith(str(part)): raise
-        inside = named.removeprefix(str(part)).removeprefix('/new')
+        named = [str(o) for o in (e.filename2, e.filename or part) if str(o).startswith(str(part))]
+        if e.errno is None or not named: raise
+        inside = named[0].removeprefix(str(part)).removeprefix('/new')
         raise OSError(e.errno, e.strerror, f'{file}{inside}') from e
     except RuntimeError as e:
         if not any(o in str(e) for o in _torch_says): raise
-        why = f'torch could not write it, as on a full disk or above a limit of file sizes ({str(e).splitlines()[0]})'
+        said = str(e).partition('\n')[0].rpartition('] . ')[2]  # without where in torch
+        why = f'torch could not write it, as on a full disk or above a limit of file sizes ({said})'
         raise OSError(errno.EIO, why, str(file)) from e
 
 # %% ../../nbs/paddy_multi/core/02_files.ipynb #n012
