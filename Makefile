@@ -48,8 +48,10 @@ test-all: setup test-versions  ## the same, with what is marked slow, new exampl
 	nbdev_test --n-workers 2 --timing --flags slow
 	pytest -q -n 2 --dist loadfile -m "not docs" --hypothesis-profile=explore
 
-# What versions could change: values, tables, saved files, training; not the commands, which are not installed there
-CORE := $(addprefix tests/test_, sliced data splitters predict tables collab_models collab_data collab_recommend collab_save)
+# What versions could change: values, tables, saved files, training. Commands are tested in the pinned environment
+CORE := $(addprefix tests/test_, sliced numbers tables pictures collab_models collab_data collab_recommend collab_save)
+# PyTorch 2.4 has no mean squared error in half precision on a CPU
+HALF := --deselect tests/test_sliced.py::test_the_same_bits_as_the_sum_by_hand
 
 build/.oldest: settings.ini constraints-oldest.txt
 	@echo "== environment: the oldest versions allowed into build/oldest (about 6 GB)"
@@ -63,9 +65,9 @@ build/pandas-%: .venv/.env
 	$(B)/python -m pip install --progress-bar off -q --no-deps --target $@ pandas==$* pytz
 
 test-versions: setup build/.oldest build/pandas-2.2.3 build/pandas-3.0.6  ## a core of the tests with other versions
-	build/oldest/bin/python -m pytest -q -p no:cacheprovider -n 2 --dist loadfile $(CORE)
-	PYTHONPATH=build/pandas-2.2.3 pytest -q -p no:cacheprovider -n 2 --dist loadfile $(CORE)
-	PYTHONPATH=build/pandas-3.0.6 pytest -q -p no:cacheprovider -n 2 --dist loadfile $(CORE)
+	build/oldest/bin/python -m pytest -q -p no:cacheprovider -n 2 --dist loadfile $(HALF) $(CORE)
+	PYTHONPATH=$(CURDIR)/build/pandas-2.2.3 pytest -q -p no:cacheprovider -n 2 --dist loadfile $(CORE)
+	PYTHONPATH=$(CURDIR)/build/pandas-3.0.6 pytest -q -p no:cacheprovider -n 2 --dist loadfile $(CORE)
 
 test-docs: .venv/.env .venv/.chromium  ## the committed site in a real browser, and against the notebooks
 	pytest -q -m docs
