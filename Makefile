@@ -49,7 +49,7 @@ test-all: setup test-versions  ## the same, with what is marked slow, new exampl
 	pytest -q -n 2 --dist loadfile -m "not docs" --hypothesis-profile=explore
 
 # What versions could change: values, tables, saved files, training. Commands are tested in the pinned environment
-CORE := $(addprefix tests/test_, sliced numbers tables pictures collab_models collab_data collab_recommend collab_save)
+CORE := $(patsubst %,tests/test_%.py,sliced numbers tables pictures collab_models collab_data collab_recommend collab_save)
 # PyTorch 2.4 has no mean squared error in half precision on a CPU
 HALF := --deselect tests/test_sliced.py::test_the_same_bits_as_the_sum_by_hand
 
