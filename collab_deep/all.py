@@ -19,6 +19,7 @@ from .lists.top import *
 from .lists.fold_in import *
 from .lists.recommend import *
 from .lists.evaluate import *
+from .lists.check import *
 from .train.losses import *
 from .train.optimizer import *
 from .train.learner import *

@@ -117,10 +117,10 @@ def test_scoring_changes_no_score_and_leaves_no_trace(model):
     model.train()
     with model.scoring(): pass
     attributes = [set(vars(m)) for m in model.modules()]
-    with model.scoring() as same:
-        assert same is model and not model.training and not model.scores(users).requires_grad
-        for _ in range(2): assert torch.equal(model.scores(users), expected)
-        torch.testing.assert_close(model(all_pairs(model)).view(model.n_users, -1), expected, rtol=1e-4, atol=1e-5)
+    with model.scoring() as read:
+        assert model.training and not any(m.training for m in read.modules()) and not read.scores(users).requires_grad
+        for _ in range(2): assert torch.equal(read.scores(users), expected)
+        torch.testing.assert_close(read(all_pairs(model)).view(model.n_users, -1), expected, rtol=1e-4, atol=1e-5)
     assert model.training and torch.is_grad_enabled()
     assert [set(vars(m)) for m in model.modules()] == attributes
     assert all(m.kept_tables is None for m in model.modules() if isinstance(m, CollabModel))
@@ -141,8 +141,8 @@ def test_tables_are_worked_out_once_a_block(make, monkeypatch):
     model, calls = randomised(make()), []
     worked_out = FactorModel.work_out_table
     monkeypatch.setattr(FactorModel, 'work_out_table', lambda self, side: calls.append(side) or worked_out(self, side))
-    with model.scoring(), model.scoring():
-        for _ in range(3): model.scores(torch.arange(5)), model(all_pairs(model))
+    with model.scoring() as read, read.scoring() as read:
+        for _ in range(3): read.scores(torch.arange(5)), read(all_pairs(model))
     assert sorted(calls) == ['item', 'user']
     with torch.enable_grad():                               # which blocks that are not nested do not restore
         first, second = model.scoring(), model.scoring()    # two lists read in turn, the first one ending first

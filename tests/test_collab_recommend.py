@@ -35,7 +35,7 @@ def test_never_what_was_seen_and_all_the_rest(catalogue, k):
     rec = recommender(pairs, range(100, 100 + n_users), [f't{i}' for i in range(1, n_items + 1)], make, seed)
     lists = recommend(rec, range(100, 100 + n_users), k)
     everyone = torch.arange(1, n_users + 1)  # as many as there, since rounding depends on it
-    with scoring(rec.model): scores = rec.model.scores(everyone)
+    with scoring(rec.model) as model: scores = model.scores(everyone)
     for u in range(1, n_users + 1):
         unseen = [i for i in range(1, n_items + 1) if (u, i) not in pairs]
         by_hand = sorted(unseen, key=lambda i: (-scores[u - 1, i].item(), i))[:k]

@@ -45,7 +45,7 @@ def test_scores_and_ids_are_equal_after_reading(tmp_path_factory, users, items, 
 def test_nothing_is_pickled_or_run(tmp_path):
     folder = save_recommender(small(), tmp_path/'a'/'b')
     assert sorted(o.suffix for o in folder.iterdir()) == ['.json', '.safetensors']
-    assert json.loads((folder/'recommender.json').read_text())['classes']['user'] == ['#na#', 'a', 'b']
+    assert json.loads((folder/'recommender.json').read_text())['user'] == dict(column='user', ids=['#na#', 'a', 'b'])
 
 
 @pytest.mark.parametrize('odd', [(1, 2), pd.Timestamp('2020-01-01'), None])

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from .csr import csr_entries, csr_from_keys, csr_keys
 from .recommender import Recommender, as_recommender, pair_scores
 from .top import list_length, top_lists
+from paddy_multi.core.values import largest
 
 # %% ../../nbs/collab_deep/lists/05_evaluate.ipynb #c007
 def _ratings_of(rec, df, rated):
@@ -24,6 +25,11 @@ def _ratings_of(rec, df, rated):
     missing = [o for o in columns if o not in df]
     if missing: raise ValueError(f'expected columns {missing}, found {list(df.columns)}')
     y = torch.tensor(df[rec.rating].to_numpy('float32')) if rated else torch.ones(len(df))
+    bad = ~(y.abs() <= largest)
+    if bad.any():
+        first = int(bad.int().argmax())
+        raise ValueError(f'ratings to evaluate on lie within {largest:g}, found {df[rec.rating].iloc[first]!r} '
+                         f'in row {first}: leave such rows out')
     return rec.encode(df[rec.user], df[rec.item]),y
 
 # %% ../../nbs/collab_deep/lists/05_evaluate.ipynb #c009
@@ -149,7 +155,7 @@ def evaluate_ranking(
     users = n_relevant.nonzero()[:,0]
     _check_users(users, y, threshold)
     counts = rec.item_counts.float()
-    def popularity(rows): return counts.repeat(len(rows), 1)
+    def popularity(model, rows): return counts.repeat(len(rows), 1)
     res = _measure(rec, users, k, relevant, n_relevant)
     res['popularity'] = _measure(rec, users, k, relevant, n_relevant, popularity).value
     res.attrs['users'] = len(users)

@@ -6,10 +6,13 @@
 __all__ = ['fold_row', 'fold_in']
 
 # %% ../../nbs/collab_deep/lists/03_fold_in.ipynb #c003
+from numbers import Real
+
 import torch
 from torch import Tensor
 
 from .recommender import as_recommender
+from paddy_multi.core.values import largest
 
 # %% ../../nbs/collab_deep/lists/03_fold_in.ipynb #c007
 def _misfit(
@@ -30,8 +33,11 @@ def fold_row(
     decay:float=10., # Penalty for leaving the average user; more means to trust few ratings less
     steps:int=50, # Steps of L-BFGS at most
 )->Tensor: # The newcomer's row for `model.scores_of`, [d]
-    "The user row that explains `ratings` best, while the model stays as it is"
+    "The user row that explains `ratings` best, while the model stays as it is; `ValueError` if none is finite"
+    if not 0 <= decay <= largest: raise ValueError(f'decay is a penalty, from 0 to {largest:g}; found {decay!r}')
     start = model.new_user(items, features).detach()
+    if not start.isfinite().all() or ratings is not None and not (ratings.abs() <= largest).all():
+        raise ValueError(f'ratings lie within {largest:g}, and features are finite; found {ratings}, {features}')
     row = start.clone().requires_grad_()
     opt = torch.optim.LBFGS([row], max_iter=steps, line_search_fn='strong_wolfe')
     def objective():
@@ -39,20 +45,22 @@ def fold_row(
         [row.grad] = torch.autograd.grad(loss, row)
         return loss
     opt.step(objective)
-    return row.detach()
+    if row.isfinite().all(): return row.detach()
+    raise ValueError('no finite row fits these ratings: are they on the scale of training, is the model finite?')
 
 # %% ../../nbs/collab_deep/lists/03_fold_in.ipynb #c014
 def _stars(ratings):
-    "Ratings of a dict, float [n]; `None` for items that were taken; ValueError unless they are finite"
+    "Ratings of a dict, float [n]; `None` for items that were taken; ValueError unless all lie within 1e15"
     if not isinstance(ratings, dict): return None
-    stars = torch.tensor([float(o) for o in ratings.values()])
-    if stars.isfinite().all(): return stars
-    raise ValueError(f'ratings are finite numbers, found {ratings}')
+    for item,o in ratings.items():
+        if isinstance(o, Real) and abs(o) <= largest: continue
+        raise ValueError(f'ratings are finite numbers within {largest:g}, found {o!r} for {item!r}')
+    return torch.tensor([float(o) for o in ratings.values()])
 
 # %% ../../nbs/collab_deep/lists/03_fold_in.ipynb #c017
 def _rows_of_items(rec, items):
     "Rows of `items` in the model, long [n]; KeyError for one that has no ratings in training"
-    rows = rec.encode([None]*len(items), items)[:,1]
+    rows = rec.encode(rec.users[1:2]*len(items), items)[:,1]
     for o,row in zip(items, rows.tolist()):
         if 0 < row < rec.model.n_items: continue  # rows from n_items on have features alone
         raise KeyError(f'{o!r} was not in training: leave it out, nothing can be learned from it')
@@ -72,6 +80,6 @@ def fold_in(
                          f'give the items that were taken alone, as in {set(items[:2])!r}; found {ratings}')
     rows,stars = _rows_of_items(rec, items).to(rec.device),_stars(ratings)
     if stars is not None: stars = stars.to(rec.device)
-    with rec.model.scoring():
-        if not items: return rec.model.new_user(features=features).detach()
-        return fold_row(rec.model, rows, stars, features, decay)
+    with rec.model.scoring() as model:
+        if not items: return model.new_user(features=features)
+        return fold_row(model, rows, stars, features, decay)

@@ -39,7 +39,7 @@ def _for_someone_new(rec, ratings, k, exclude_seen, allowed):
     "The table for a user with these `ratings`, {item: rating}, or who took these items"
     rated,row = rec.known(rec.item, list(ratings)),fold_in(rec, ratings)
     alone = replace(rec, seen=(torch.tensor([0, len(rated)]), rated))  # of one user, index 0
-    def score(_): return rec.model.scores_of(row[None])
+    def score(model, _): return model.scores_of(row[None])
     return _table(rec, *next(top_lists(alone, torch.tensor([0]), k, exclude_seen, allowed, score)))
 
 # %% ../../nbs/collab_deep/lists/04_recommend.ipynb #c018
@@ -79,7 +79,7 @@ def predict_pairs(
     users, # A user's id, or a DataFrame with the columns of users and items
     items=None, # An item's id; not with a DataFrame
 ): # A number for one pair; a Series with the index of the DataFrame
-    "What `learn` predicts for a user and an item, or for each row; an id without ratings counts as an average one"
+    "What `learn` predicts for a pair or for each row; an id that is new counts as average, one of another type is refused"
     rec = as_recommender(learn)
     if isinstance(users, pd.DataFrame): return _predict_rows(rec, users)
     if items is None: raise TypeError(f'expected a user and an item, or a DataFrame; found only {users!r:.60}')

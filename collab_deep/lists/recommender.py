@@ -6,7 +6,6 @@
 __all__ = ['Recommender', 'as_recommender', 'scoring', 'pair_scores']
 
 # %% ../../nbs/collab_deep/lists/01_recommender.ipynb #c003
-import copy
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .csr import csr_from_keys
-from ..models.base import CollabModel
+from ..models.base import CollabModel, sharing
 from ..models.dot import DotProductBias
+from paddy_multi.core.ids import UnknownIds
 
 # %% ../../nbs/collab_deep/lists/01_recommender.ipynb #c007
 @dataclass(eq=False, repr=False)
@@ -44,6 +44,11 @@ class Recommender:
         sides = zip(self.classes.items(), self.model.cold)
         return [self.index[name] | {o: len(ids)+i for i,o in enumerate(cold)} for (name,ids),cold in sides]
 
+    @cached_property
+    def unknown(self):
+        "What looks once more at ids that are not known, of users and of items"
+        return [UnknownIds(name, rows) for name,rows in zip(self.classes, self.rows)]
+
 # %% ../../nbs/collab_deep/lists/01_recommender.ipynb #c011
 @patch(as_prop=True)
 def user(self:Recommender): return list(self.classes)[0]
@@ -68,9 +73,16 @@ def encode(self:Recommender,
     users:Iterable, # Ids of users
     items:Iterable, # Ids of as many items
 )->Tensor: # Rows in the model, long [n, 2]: those with ratings, then those with features alone; 0 for ids not known
-    "Rows of pairs of ids"
-    columns = [[rows.get(o, 0) for o in ids] for rows,ids in zip(self.rows, (users, items))]
-    return torch.tensor(columns, dtype=torch.int64).T
+    "Rows of pairs of ids; an id that is known in another shape, as text or with spaces, is an error"
+    return torch.stack([self._rows_of(side, list(ids)) for side,ids in enumerate((users, items))], 1)
+
+@patch
+def _rows_of(self:Recommender, side, ids):
+    "Rows of `ids`, of users on side 0 and of items on side 1"
+    rows = self.rows[side]
+    found = [rows.get(o, 0) for o in ids]
+    if not all(found): self.unknown[side].check(o for o,row in zip(ids, found) if not row)
+    return torch.tensor(found, dtype=torch.int64)
 
 # %% ../../nbs/collab_deep/lists/01_recommender.ipynb #c017
 @patch
@@ -81,15 +93,17 @@ def known(self:Recommender,
     "Indices of `ids`; KeyError for the first that training did not have"
     index = self.index[name]
     for o in ids:
-        if o not in index: raise KeyError(_unknown(name, o, index))
+        if o not in index: raise KeyError(_unknown(name, o, index, self.unknown[name == self.item]))
     return torch.tensor([index[o] for o in ids], dtype=torch.int64)
 
-def _unknown(name, found, index):
+def _unknown(name, found, index, unknown):
     "What to say about an id that `index` does not hold"
     by_text = {str(o): o for o in index}
     near = [by_text[o] for o in difflib.get_close_matches(str(found), by_text, n=3, cutoff=.4)]
     nearest = f'; the nearest are {", ".join(map(repr, near))}' if near else ''
-    return f'{name} {found!r} is not among the {len(index):,} in training{nearest}. For someone new, see fold_in'
+    why = unknown.why_not(found)
+    return (f'{name} {found!r} is not among the {len(index):,} in training{nearest}. '
+            f'{f"{why}. " if why else ""}For someone new, see fold_in')
 
 # %% ../../nbs/collab_deep/lists/01_recommender.ipynb #c020
 def _is_average(table):
@@ -101,15 +115,15 @@ def _has_average_rows(model):
     "Is what `model` has for unknown ids the average of what it has for the others?"
     own = model.id_tables()
     if own and all(_is_average(o) for o in own): return True
-    with model.scoring():  # some models add to the rows of their tables
-        tables = [model.user_factors, model.item_factors, model.user_bias, model.item_bias]
+    with model.scoring() as read:  # some models add to the rows of their tables
+        tables = [read.user_factors, read.item_factors, read.user_bias, read.item_bias]
     found = [_is_average(o) for o in tables if o is not None]
     return bool(found) and all(found)
 
 def _with_average_rows(model):
     "`model`, or where unknown ids are not the average ones a copy in which they are"
     if _has_average_rows(model): return model
-    model = copy.deepcopy(model)
+    model = sharing(model, copied=True)
     model.fill_unknown()
     return model
 
@@ -121,10 +135,9 @@ def _from_dot_bias(model):
                         f'found {type(model).__name__}: it cannot score all items of a user')
     theirs = [o.weight.detach() for o in (model.u_weight, model.i_weight, model.u_bias, model.i_bias)]
     n_users,n_items,n_factors = len(theirs[0]),len(theirs[1]),theirs[0].shape[1]
-    res = DotProductBias(n_users, n_items, n_factors, y_range=model.y_range).to(theirs[0].device)
-    with torch.no_grad():
-        for ours,table in zip((res.users, res.items, res.users_bias, res.items_bias), theirs):
-            ours.weight.copy_(table)
+    with torch.device('meta'): res = DotProductBias(n_users, n_items, n_factors, y_range=model.y_range)
+    for ours,table in zip((res.users, res.items, res.users_bias, res.items_bias), theirs):
+        ours.weight = torch.nn.Parameter(table.clone())
     res.fill_unknown()
     return res
 
@@ -156,15 +169,24 @@ def as_recommender(
 # %% ../../nbs/collab_deep/lists/01_recommender.ipynb #c036
 def scoring(
     model:CollabModel, # Model to read
-): # `model`, inside the block
-    "`model` in evaluation mode and without gradients, tables that it works out worked out once; then as it was"
+): # A second model on the same numbers, inside the block: score that one
+    "To read `model` from any thread: in evaluation mode, without gradients, tables that it works out worked out once"
     return model.scoring()
+
+# %% ../../nbs/collab_deep/lists/01_recommender.ipynb #r381
+def check_scores(
+    scores:Tensor, # Of any shape
+)->Tensor: # The same
+    "`ValueError` unless all `scores` are finite, or an order would mean nothing"
+    if scores.isfinite().all(): return scores
+    what = 'NaN' if scores.isnan().any() else 'infinite'
+    raise ValueError(f'a score is {what}, so there is no order: did training diverge?')
 
 # %% ../../nbs/collab_deep/lists/01_recommender.ipynb #c038
 def pair_scores(
     rec:Recommender, # What `as_recommender` gives
     pairs:Tensor, # Indices of users and items, [n, 2]
 )->Tensor: # [n], on the CPU
-    "What the model gives for pairs, some thousands at a time"
-    with rec.model.scoring():
-        return torch.cat([rec.model(o.to(rec.device)).float().cpu() for o in pairs.split(2**13)])
+    "What the model gives for pairs, some thousands at a time; `ValueError` for scores that are not finite"
+    with rec.model.scoring() as model:
+        return check_scores(torch.cat([model(o.to(rec.device)).float().cpu() for o in pairs.split(2**13)]))

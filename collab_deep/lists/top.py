@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .csr import csr_entries
-from .recommender import Recommender
+from .recommender import Recommender, check_scores
 
 # %% ../../nbs/collab_deep/lists/02_top.ipynb #c007
 def list_length(
@@ -50,13 +50,13 @@ def top_lists(
     k:int, # Length of a list
     exclude_seen:bool=True, # Leave out what a user has in training?
     allowed:Tensor=None, # [n_items] of bools: which items may be listed
-    score:Callable=None, # Indices of users to scores [n, n_items], which are written to; the model's if not given
+    score:Callable=None, # (model, indices of users) to scores [n, n_items], written to; the model's if not given
 ): # Yields (values, item indices), each [users in the block, k]; -inf where fewer are left
-    "Best items of the users `rows`, a block of users at a time"
-    score = score or rec.model.scores
-    with rec.model.scoring():
+    "Best items of the users `rows`, a block at a time; `ValueError` for scores that are not finite"
+    with rec.model.scoring() as model:
         for block in rows.split(max(1, _scores_in_a_block//len(rec.items))):
-            scores = score(block.to(rec.device)).cpu()
+            of_users = block.to(rec.device)
+            scores = check_scores(score(model, of_users) if score else model.scores(of_users)).cpu()
             scores[:,0] = -math.inf  # the place of items that are not known
             if allowed is not None: scores.masked_fill_(~allowed, -math.inf)
             if exclude_seen: scores[csr_entries(rec.seen, block)] = -math.inf

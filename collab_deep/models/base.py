@@ -6,6 +6,8 @@
 __all__ = ['into_range', 'CollabModel']
 
 # %% ../../nbs/collab_deep/models/01_base.ipynb #c003
+import copy
+import inspect
 import math
 import warnings
 from contextlib import contextmanager
@@ -14,18 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from .embedding import Embedding
+from paddy_multi.core.values import largest
 
 # %% ../../nbs/collab_deep/models/01_base.ipynb #c007
 def checked_range(
     y_range, # Lowest and highest rating, or `None`
 )->tuple: # Both as numbers, or `None`
-    "`y_range` as two numbers; `ValueError` unless the first is lower and both are finite"
+    "`y_range` as two numbers; `ValueError` unless the first is lower and both lie within 1e15"
     if y_range is None: return None
     try: low,high = (float(o) for o in y_range)
-    except (TypeError, ValueError): low = high = math.nan
-    if -math.inf < low < high < math.inf: return low,high
+    except (TypeError, ValueError, OverflowError): low = high = math.nan
+    if -largest <= low < high <= largest: return low,high
     raise ValueError(f'y_range is the lowest and the highest rating that can be predicted, as in (0, 5.5); '
-                     f'found {y_range!r}')
+                     f'found {y_range!r}. Both lie within {largest:g}')
 
 # %% ../../nbs/collab_deep/models/01_base.ipynb #c010
 def into_range(
@@ -51,7 +54,8 @@ class TrainedTables(nn.Module):
     "What training asks of a model: its tables, their rows for unknown ids, and what decays"
     def id_tables(self):
         "Parameters with a row for each user or item"
-        return [module.weight for module in self.modules() if isinstance(module, Embedding)]
+        return [module.weight for module in self.modules() if isinstance(module, Embedding) or
+                isinstance(module, nn.Embedding) and module.num_embeddings in (self.n_users, self.n_items)]
 
     @torch.no_grad()
     def fill_unknown(self):
@@ -64,27 +68,40 @@ class TrainedTables(nn.Module):
         biases = [p for p in self.parameters() if p.ndim < 2]
         return {share: params for share,params in ((1., tables), (0., biases)) if params}
 
+# %% ../../nbs/collab_deep/models/01_base.ipynb #b201
+def sharing(
+    module:nn.Module, # A model, or a part of one
+    copied:bool=False, # Have parameters of its own?
+)->nn.Module: # In evaluation mode; to be read, not to be trained
+    "A second `module` with the same parameters and buffers, which nothing that is done to it changes"
+    res = copy.copy(module)
+    res.training = False
+    def of(p): return nn.Parameter(p.data.clone() if copied else p.data, requires_grad=False)
+    res._parameters = {name: None if p is None else of(p) for name,p in module._parameters.items()}
+    res._buffers = {name: None if o is None else o.data for name,o in module._buffers.items()}
+    res._modules = {name: None if o is None else sharing(o, copied) for name,o in module._modules.items()}
+    return res
+
 # %% ../../nbs/collab_deep/models/01_base.ipynb #c020
 class KeptTables(nn.Module):
     "What scoring asks of a model: the tables that it works out, kept for the length of a block"
-    kept_tables = None # what `work_out_tables` gave; `None` outside of `scoring`
+    kept_tables = None # what `work_out_tables` gave, inside of `scoring`
+    is_scoring = False # is this the second model of a block?
 
     def work_out_tables(self):
         "Tables that do not change while the parameters stay; a model that works none out has `None`"
 
     @contextmanager
     def scoring(self):
-        "Inside the block: evaluation mode, no gradients, and tables that are worked out once"
-        modes = [(module, module.training) for module in self.modules()]
-        models = [o for o in self.modules() if isinstance(o, KeptTables) and o.kept_tables is None]
-        self.eval()
-        try:
-            with torch.no_grad():
-                for o in models: o.kept_tables = o.work_out_tables()
-                yield self
-        finally:
-            for o in models: o.kept_tables = None
-            for module,mode in modes: module.training = mode
+        "A second model on the same numbers: evaluation mode, no gradients, tables worked out once; safe in threads"
+        with torch.no_grad():
+            if self.is_scoring: yield self
+            else: yield _with_kept_tables(sharing(self))
+
+def _with_kept_tables(model):
+    for o in model.modules():
+        if isinstance(o, KeptTables): o.is_scoring,o.kept_tables = True,o.work_out_tables()
+    return model
 
 # %% ../../nbs/collab_deep/models/01_base.ipynb #c025
 class ScoredUsers(nn.Module):
@@ -112,8 +129,28 @@ class ScoredUsers(nn.Module):
         "What the model assumes of a user it never met: the average of all"
         return self.user_rows(torch.zeros(1, dtype=torch.long, device=next(self.parameters()).device))[0]
 
+# %% ../../nbs/collab_deep/models/01_base.ipynb #b302
+class BuiltAgain(nn.Module):
+    "What saving asks of a model: settings that build it again, and numbers that fit"
+    def check_settings(self):
+        "`TypeError` unless `settings` are the arguments of the class"
+        args = inspect.signature(type(self)).parameters.values()
+        names = [o.name for o in args if o.kind not in (o.VAR_POSITIONAL, o.VAR_KEYWORD)]
+        takes_any = any(o.kind == o.VAR_KEYWORD for o in args)
+        if set(names) <= set(self.settings) and (takes_any or set(self.settings) <= set(names)): return
+        raise TypeError(f'{type(self).__name__} cannot be built again: its __init__ takes {names}, and its settings '
+                        f'hold {list(self.settings)}. Hand arguments of your own to super().__init__ by name, '
+                        f'or set self.settings after it')
+
+    def check_numbers(self):
+        "`ValueError` for parameters or buffers that are not finite; models with lists look at these, too"
+        for name,o in self.state_dict().items():
+            n = (~o.isfinite()).sum()
+            if n: raise ValueError(f'{name} of {type(self).__name__} holds {n} numbers that are not finite: '
+                                   f'did training diverge?')
+
 # %% ../../nbs/collab_deep/models/01_base.ipynb #c029
-class CollabModel(TrainedTables, KeptTables, ScoredUsers):
+class CollabModel(TrainedTables, KeptTables, ScoredUsers, BuiltAgain):
     "Base of all models: scores of pairs, of every item for some users, and for a user it never met"
     registry = {} # classes of models by name
 

@@ -7,17 +7,27 @@ __all__ = ['Embedding']
 
 # %% ../../nbs/collab_deep/models/00_embedding.ipynb #c003
 import math
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from paddy_multi.core.values import largest
 
 # %% ../../nbs/collab_deep/models/00_embedding.ipynb #c010
 def _check_size(name, value, what):
     "`ValueError` unless `value` is a size"
     if isinstance(value, Integral) and not isinstance(value, bool) and value > 0: return
     raise ValueError(f'{name} is the {what}, a positive integer; found {value!r}')
+
+# %% ../../nbs/collab_deep/models/00_embedding.ipynb #e011
+def check_std(
+    std, # What was given as the standard deviation of a random start
+):
+    "`ValueError` unless `std` is a number from 0 to `largest`"
+    if isinstance(std, Real) and not isinstance(std, bool) and 0 <= std <= largest: return
+    raise ValueError(f'std is a standard deviation, from 0 to {largest:g}; found {std!r}')
 
 # %% ../../nbs/collab_deep/models/00_embedding.ipynb #c013
 def _integers(idx):
@@ -49,8 +59,7 @@ class Embedding(nn.Module):
         super().__init__()
         _check_size('n', n, 'number of rows')
         _check_size('n_factors', n_factors, 'number of columns')
-        if not 0 <= std < math.inf:
-            raise ValueError(f'std is a standard deviation, finite and at least 0; found {std!r}')
+        check_std(std)
         self.weight = nn.Parameter(torch.empty(n, n_factors).normal_(0, std))
 
     def forward(self,

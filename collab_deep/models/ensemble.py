@@ -81,6 +81,7 @@ class Ensemble(_MemberRows, _MemberFactors, CollabModel):
         models:list, # Trained models of the same loaders
     ): # An `Ensemble`, on the device of the first
         "An ensemble with the weights of `models`"
+        for m in models: m.check_settings()
         res = cls([dict(kind=type(m).__name__, settings=m.settings) for m in models])
         for mine,theirs in zip(res.members, models): mine.load_state_dict(theirs.state_dict())
         return res.to(next(models[0].parameters()).device)
@@ -92,6 +93,12 @@ class Ensemble(_MemberRows, _MemberFactors, CollabModel):
 
     def fill_unknown(self):
         for m in self.members: m.fill_unknown()
+
+    def check_settings(self):
+        for m in self.members: m.check_settings()
+
+    def check_numbers(self):
+        for m in self.members: m.check_numbers()
 
     @property
     def cold(self):

@@ -67,6 +67,16 @@ class _Lists(nn.Module):
         if side == 'user': return _list_sums(self.items_of.weight, seen, seers)
         return _list_sums(self.users_of.weight, seers, seen)
 
+    def check_lists(self):
+        "`ValueError` unless the lists of users and those of items say the same"
+        n_users,n_items = len(self.seen_ptr)-1,len(self.seers_ptr)-1
+        for ptr,ids,n in ((self.seen_ptr, self.seen, n_items), (self.seers_ptr, self.seers, n_users)):
+            fits = ptr[0] == 0 and (ptr.diff() >= 0).all() and ptr[-1] == len(ids) and 0 <= ids.min() <= ids.max() < n
+            if not fits: raise ValueError('the lists in the model do not fit its tables')
+        back = _transposed(self.seen_ptr, self.seen, n_items)
+        if not all(map(torch.equal, back, (self.seers_ptr, self.seers))):
+            raise ValueError('the lists in the model say of users what they do not say of items')
+
 # %% ../../nbs/collab_deep/models/05_factor.ipynb #c021
 class _FactorTables(_Lists, FeatureParts, KeptTables):
     "Factors and biases of users and items, with what their lists and features add"
@@ -186,6 +196,10 @@ class FactorModel(_FactorScores, CollabModel):
             row = row + self.items_of.weight[items].sum(0)/max(1, len(items))**.5
         if 'user' not in self.featured: return row
         return row + (self.user_features[0] if features is None else features) @ self.user_weight
+
+    def check_numbers(self):
+        super().check_numbers()
+        if self.has_lists: self.check_lists()
 
     def decay_groups(self):
         "Factors, sums and features decay; biases an eighth of that, the mean not at all"

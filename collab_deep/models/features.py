@@ -11,9 +11,15 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from paddy_multi.core.ids import UnknownIds
+from paddy_multi.core.values import largest
+
 # %% ../../nbs/collab_deep/models/04_features.ipynb #c007
 def _binned(col, bins):
     "Numbers as they are if they take no more than `bins` values, else as bins between quantiles"
+    if col.abs().max() > largest:
+        raise ValueError(f'{col.name} holds {col[col.abs().idxmax()]:g} for {col.abs().idxmax()!r}, and features lie '
+                         f'within {largest:g}: leave the column out, or take its logarithm')
     if col.nunique() <= bins: return col
     inner = np.unique(col.quantile(np.arange(1, bins)/bins))
     return pd.cut(col, [-np.inf, *inner, np.inf], labels=False)
@@ -22,8 +28,10 @@ def _binned(col, bins):
 def _marks(col, bins, sep):
     "0 and 1 for each value of a column, none for a missing one"
     if pd.api.types.is_numeric_dtype(col):
+        if pd.api.types.is_complex_dtype(col): raise TypeError(f'{col.name} holds complex numbers: take a part of them')
         return pd.get_dummies(_binned(col.astype(float), bins)).to_numpy(np.float32)
-    return col.astype('str').where(col.notna(), '').str.get_dummies(sep).to_numpy(np.float32)
+    text = ['' if missing else str(o) for o,missing in zip(col, col.isna())]
+    return pd.Series(text, dtype=object).str.get_dummies(sep).to_numpy(np.float32)
 
 # %% ../../nbs/collab_deep/models/04_features.ipynb #c013
 def _check_features(df, ids):
@@ -34,6 +42,7 @@ def _check_features(df, ids):
     if not df.index.isin(list(ids)).any():
         raise ValueError(f'no id has features: the index of the frame holds {list(df.index[:3])}, '
                          f'expected ids such as {list(ids[1:4])}')
+    UnknownIds('id', ids[1:]).check(df.index[~df.index.isin(list(ids))])
 
 # %% ../../nbs/collab_deep/models/04_features.ipynb #c016
 def encode_features(

@@ -14,8 +14,9 @@ from ..models.factor import FactorModel
 from ..models.base import into_range
 from ..models.dot import DotProduct
 from ..lists.csr import csr_entries
-from ..lists.recommender import Recommender, as_recommender, scoring
+from ..lists.recommender import Recommender, as_recommender, check_scores, scoring
 from ..lists.top import list_length, top_k
+from paddy_multi.core.plots import literal
 
 # %% ../../nbs/collab_deep/use/00_explain.ipynb #c007
 def factors_of(
@@ -23,7 +24,7 @@ def factors_of(
     side:str, # 'user' or 'item'
 )->Tensor: # [n, n_factors] on the CPU; TypeError for a model that has none
     "What a model has learned of each user or item, its bias left out"
-    factors = getattr(rec.model, f'{side}_factors')
+    with scoring(rec.model) as model: factors = getattr(model, f'{side}_factors')
     if factors is None:
         raise TypeError(f'{type(rec.model).__name__} has no factors of its own; ask one of the models in it')
     return factors.detach().float().cpu()
@@ -34,7 +35,8 @@ def cosines(
     row:int, # Which of them to compare with
 )->Tensor: # [n]
     "Cosine of the angle between one row of `factors` and each row; 0 for a row of zeros"
-    return torch.nn.functional.normalize(factors) @ torch.nn.functional.normalize(factors[row], dim=0)
+    unit = torch.nn.functional.normalize(factors.double(), eps=1e-300)  # squares of large ones overflow in float32
+    return (unit @ unit[row]).float()
 
 # %% ../../nbs/collab_deep/use/00_explain.ipynb #x002
 def _nearest(rec, side, one, k, min_ratings):
@@ -76,7 +78,7 @@ def item_bias(
 )->pd.DataFrame: # `item`, `bias`, `ratings` in training; highest bias first
     "How good each item is for everyone"
     rec = as_recommender(learn)
-    bias = rec.model.item_bias
+    with scoring(rec.model) as model: bias = model.item_bias
     if bias is None:
         raise TypeError(f'{type(rec.model).__name__} has no biases of items; DotProductBias and FactorModel have')
     bias = bias.detach().float().cpu().numpy()
@@ -99,7 +101,7 @@ def _spread(figure, notes):
 def _draw_points(ax, points, shares):
     "Draw `item` of each of `points` at `x` and `y`; `shares` of the variance go to the axes"
     ax.scatter(points.x, points.y, s=8)
-    notes = [ax.annotate(str(o.item), (o.x, o.y), (3, 2), textcoords='offset points', fontsize=8)
+    notes = [ax.annotate(literal(o.item), (o.x, o.y), (3, 2), textcoords='offset points', fontsize=8)
              for o in points.itertuples()]
     ax.set(xlabel=f'component 1, {shares[0]:.0%} of the variance',
            ylabel=f'component 2, {shares[1]:.0%} of the variance')
@@ -149,8 +151,8 @@ def explain(
         raise TypeError(f'the score of {type(rec.model).__name__} is no sum of parts; '
                         'nearest_seen works for every model that has factors')
     u,i = rec.known(rec.user, [user]),rec.known(rec.item, [item])
-    with scoring(rec.model): parts = _parts(rec.model, u.to(rec.device), i.to(rec.device))
-    total = sum(parts.values())
+    with scoring(rec.model) as model: parts = _parts(model, u.to(rec.device), i.to(rec.device))
+    total = check_scores(sum(parts.values()))
     parts |= dict(sum=total, score=into_range(total, rec.model.y_range))
     return pd.DataFrame({'value': {name: float(value) for name,value in parts.items()}})
 
