@@ -12,8 +12,9 @@ from typing import Annotated
 
 import typer
 
-from ..core.commands import check_folder, errors_in_a_line, refuse
-from ..core.files import write_file, written_whole
+from .options import speaking_options
+from ..core.commands import check_folder, echo, refuse
+from ..core.files import locked, write_file, written_together
 
 # %% ../../nbs/paddy_multi/cli/01_accum.ipynb #n000
 def _check_arch(arch):
@@ -59,17 +60,17 @@ def _learner(arch, height, width, bs, n_out, opt, fp16):
 
 # %% ../../nbs/paddy_multi/cli/01_accum.ipynb #n002
 def _write(out, memory, found, budget, settings):
-    "Keep the prediction in the folder `out`"
+    "Keep the prediction in the folder `out`: both files, or those that were there"
     from dataclasses import asdict
     from paddy_multi.accumulate.memory import plot_memory
-    out.mkdir(parents=True, exist_ok=True)
     rows = json.loads(memory.reset_index().to_json(orient='records'))
     text = json.dumps(dict(settings=settings, bytes=rows, found=asdict(found)), indent=1)
-    write_file(out/'accum.json', text+'\n')
     title = f'{settings["arch"]}, {settings["size"]} px, batches of {settings["bs"]}'
     figure = plot_memory(memory, budget).set_title(title).figure
-    with written_whole(out/'accum.png') as part: figure.savefig(part, format='png', dpi=110, bbox_inches='tight')
-    typer.echo(f'\n{out}: accum.json, accum.png')
+    with written_together(out, ['accum.json', 'accum.png']) as part:
+        write_file(part/'accum.json', text+'\n')
+        figure.savefig(part/'accum.png', dpi=110, bbox_inches='tight')
+    echo(f'\n{out}: accum.json, accum.png')
 
 # %% ../../nbs/paddy_multi/cli/01_accum.ipynb #c009
 def accum_command(
@@ -89,16 +90,18 @@ def accum_command(
 ):
     "Predict the memory of training a model, and how many chunks its batches need to fit a card."
     from paddy_multi.accumulate.memory import find_accumulation, parse_bytes, predict_memory
-    check_folder(out, ('accum.json',), overwrite)
+    check_folder(out, ('accum.json', 'accum.png'), overwrite)
     if opt not in ('adam', 'adamw', 'sgd'): refuse(f'expected adam, adamw or sgd, found {opt!r}', '--opt')
-    with errors_in_a_line(ValueError, RuntimeError):
+    with speaking_options(OSError, ValueError, RuntimeError, MemoryError):
         parse_bytes(budget)
         parse_bytes(reserve, least=0)
         learn = _learner(arch, *_sides(size), bs, n_out, opt, fp16)
         memory = predict_memory(learn, [a for a in (1, 2, 4, 8, 16) if a <= bs])
         found = find_accumulation(learn, budget, reserve)
-    precision = 'fp16' if fp16 else 'fp32'
-    megabytes = (memory.drop(columns='items')/1e6).round().astype(int)
-    typer.echo(f'{arch}, {size} px, batches of {bs}, {opt}, {precision}. Predicted MB at the peak:\n')
-    typer.echo(f'{megabytes.to_string()}\n\n{found}')
-    _write(out, memory, found, budget, dict(arch=arch, size=size, bs=bs, n_out=n_out, opt=opt, fp16=fp16))
+        precision = 'fp16' if fp16 else 'fp32'
+        megabytes = (memory.drop(columns='items')/1e6).round().astype(int)
+        echo(f'{arch}, {size} px, batches of {bs}, {opt}, {precision}. Predicted MB at the peak:\n')
+        echo(f'{megabytes.to_string()}\n\n{found}')
+        out.mkdir(parents=True, exist_ok=True)
+        with locked(out):
+            _write(out, memory, found, budget, dict(arch=arch, size=size, bs=bs, n_out=n_out, opt=opt, fp16=fp16))

@@ -9,6 +9,7 @@ __all__ = ['parse_targets', 'find_table', 'folder_dls', 'KeepEpochs', 'fine_tune
 from pathlib import Path
 
 import pandas as pd
+import torch
 from fastai.callback.core import Callback
 from fastcore.basics import patch
 
@@ -146,7 +147,11 @@ def take_up(self:KeepEpochs,
                          'put back what was there, or start without resume')
     if state['done'] > epochs: raise ValueError(f'{self.file} holds {state["done"]} epochs of {epochs}: '
                                                 'start without resume')
-    self.done,self.rows,self.start = state['done'],state['rows'],state
+    with state_fits(self.file):
+        count,value = state['smooth']
+        self.start = dict(state, smooth=(int(count), torch.as_tensor(value)))
+        restore_random(learn.dls, state['random'])
+    self.done,self.rows = state['done'],state['rows']
     return state
 
 # %% ../../nbs/paddy_multi/train/05_run.ipynb #c017
