@@ -39,7 +39,7 @@ class by_name:
     def known(self)->dict: # Labels by the name of their item
         "The labels that were given; `RuntimeError` where an exported learner has left them behind"
         if self.labels is not None: return self.labels
-        raise RuntimeError(f'{self.col}: an exported learner holds no labels: give a table that does')
+        raise RuntimeError(f'{self.col}: an exported or pickled learner holds no labels: give a table that does')
 
     def __call__(self, item):
         name = self.key_of(item)
