@@ -240,7 +240,7 @@ COMMANDS = [(train_recommender, 'ratings', load_recommender, ['recommender.json'
 
 @pytest.mark.parametrize('train, data, load, results', COMMANDS, ids=['collab-deep', 'paddy-multi'])
 @pytest.mark.parametrize('how, every', [
-    ('once', 7), *(pytest.param(how, 1, marks=pytest.mark.slow) for how in ('once', 'stays'))])
+    ('once', 13), *(pytest.param(how, 1, marks=pytest.mark.slow) for how in ('once', 'stays'))])
 def test_old_results_stay_until_the_new_are_there(train, data, load, results, how, every, tmp_path, request):
     command = Command(train, request.getfixturevalue(data), load, results, tmp_path)
     with Disk(tmp_path) as disk: assert command.again().exit_code == 0
@@ -285,7 +285,7 @@ def test_a_kill_leaves_old_results_or_new_ones(train, data, load, results, tmp_p
 
 
 @pytest.mark.parametrize('how, every', [
-    ('once', 9), *(pytest.param(how, 1, marks=pytest.mark.slow) for how in ('once', 'stays'))])
+    ('once', 17), *(pytest.param(how, 1, marks=pytest.mark.slow) for how in ('once', 'stays'))])
 def test_a_run_that_cannot_go_on_goes_on_later(pictures, how, every, tmp_path):
     "Stopped by a full disk before its last checkpoint, and again at each operation of going on: nothing is lost"
     out, stopped, whole = tmp_path/'out', tmp_path/'stopped', tmp_path/'whole'
