@@ -68,7 +68,7 @@ def test_no_room_leaves_the_old_file(tmp_path):
     old.write_text('old')
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     done = movielens('--out', old, '--overwrite', preexec_fn=limit)
-    assert done.returncode == 1 and done.stderr == 'Error: [Errno 27] File too large\n' and done.stdout == ''
+    assert done.returncode == 1 and done.stderr == f"Error: [Errno 27] File too large: '{old}'\n" and done.stdout == ''
     assert old.read_text() == 'old' and os.listdir(tmp_path) == ['r.csv']
 
 

@@ -264,7 +264,7 @@ except ValueError: print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - b
 """
 
 
-@pytest.mark.parametrize('size', ['n_factors', 'n_users'])
+@pytest.mark.parametrize('size', ['n_factors', pytest.param('n_users', marks=pytest.mark.slow)])
 def test_a_small_file_asks_for_no_memory(saved, tmp_path, size):
     files = dict(saved['bias'][0])
     said = json.loads(files[JSON])
@@ -286,6 +286,7 @@ for i in range(15): save_recommender(recs[(i + int(sys.argv[2])) % 3], sys.argv[
 """
 
 
+@pytest.mark.slow
 def test_three_processes_save_and_one_reads(tmp_path):
     recs = [recommender([(1, 1), (2, 3)], ['a', 'b'], ['x', 'y', 'z'], seed=s) for s in range(3)]
     wanted = [predict_pairs(o, 'a', 'y') for o in recs]

@@ -13,8 +13,8 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from paddy_multi.core.commands import check_file, check_folder, errors_in_a_line, new_app
-from paddy_multi.core.files import written_whole
+from paddy_multi.core.commands import check_file, check_folder, echo, errors_in_a_line, new_app
+from paddy_multi.core.files import locked, written_together, written_whole
 
 # %% ../../nbs/collab_deep/cli/00_app.ipynb #c006
 app = new_app('collab-deep', __version__, 'Collaborative filtering from scratch: learn from ratings what to recommend.')
@@ -36,6 +36,7 @@ def movielens(
     out:Annotated[Path, typer.Option(help='CSV file to write.', metavar='FILE')],
     part:Annotated[Part, typer.Option(help='What to write.')]=Part.ratings,
     overwrite:Annotated[bool, typer.Option('--overwrite', help='Replace FILE if it exists.')]=False,
+    raw:Annotated[bool, typer.Option('--raw', help='Leave cells as they are that a spreadsheet would run.')]=False,
 ):
     """Write MovieLens-100k, 100,000 real film ratings, to a CSV file.
 
@@ -44,13 +45,14 @@ def movielens(
     """
     check_file(out, overwrite)
     from collab_deep.data.movielens import movielens_100k, movielens_path  # here, since pandas takes a second
+    from paddy_multi.core.tables import csv_safe
     with errors_in_a_line(OSError, ValueError):  # no data, damaged data, or no room for the file
         path = movielens_path()
         df = movielens_100k(part.value, path)
-        with written_whole(out) as file: df.to_csv(file, index=False)
-    typer.echo(f'{out}: {_summary(df, part.value)}')
-    typer.echo(f'source: {path}')
-    typer.echo('licence: for research; cite Harper and Konstan (2015), https://doi.org/10.1145/2827872; '
+        with written_whole(out) as file: (df if raw else csv_safe(df)).to_csv(file, index=False)
+    echo(f'{out}: {_summary(df, part.value)}')
+    echo(f'source: {path}')
+    echo('licence: for research; cite Harper and Konstan (2015), https://doi.org/10.1145/2827872; '
                'no redistribution, and no commercial use without permission of GroupLens')
 
 # %% ../../nbs/collab_deep/cli/00_app.ipynb #c017
@@ -66,7 +68,7 @@ def _learner(df, item, loss, factors, bs, seed):
     from collab_deep.train.losses import as_loss
     torch.manual_seed(seed)
     dls = RatingsDataLoaders.from_df(df, 'user', item, seed=seed, bs=bs, implicit='rating' not in df)
-    typer.echo(f'{len(df):,} rows; training has {dls.n_users-1:,} of user and {dls.n_items-1:,} of {item}')
+    echo(f'{len(df):,} rows; training has {dls.n_users-1:,} of user and {dls.n_items-1:,} of {item}')
     y_range = None if as_loss(loss).ranks else (dls.y_min - .5, dls.y_max + .5)
     return collab_deep_learner(dls, factors, y_range=y_range, loss=loss)
 
@@ -83,25 +85,31 @@ def _write_results(learn, out, relevant):
     from collab_deep.lists.evaluate import evaluate_ranking, evaluate_ratings
     from collab_deep.lists.recommender import as_recommender
     from collab_deep.use.report import reasons, write_recommender_report
-    from collab_deep.use.save import save_recommender
+    from collab_deep.use.save import remove_old_weights, save_recommender
     tables = [evaluate_ranking(learn, 10, relevant)]
     if not learn.ranks: tables.append(evaluate_ratings(learn))
-    for o in tables: typer.echo('\n' + o.to_string(float_format='{:.4f}'.format, na_rep=''))
+    for o in tables: echo('\n' + o.to_string(float_format='{:.4f}'.format, na_rep=''))
     rec = as_recommender(learn)
     busiest = rec.users[rec.user_counts.argmax()]
-    save_recommender(learn, out)
-    write_recommender_report(learn, out/'report.html', busiest, threshold=relevant)
-    typer.echo(f'\nfor user {busiest}, who has most ratings, and what they rated that is most like it:')
-    typer.echo(f'{reasons(rec, busiest).to_string(index=False)}\n')
-    typer.echo(f'{out}: recommender.json, weights, report.html')
+    names = []
+    with written_together(out, names) as new:  # weights before the JSON that names them
+        save_recommender(learn, new)
+        write_recommender_report(learn, new/'report.html', busiest, threshold=relevant)
+        names += sorted((o.name for o in new.iterdir()), reverse=True)
+    remove_old_weights(out, names[0])
+    echo(f'\nfor user {busiest}, who has most ratings, and what they rated that is most like it:')
+    echo(f'{reasons(rec, busiest).to_string(index=False)}\n')
+    echo(f'{out}: recommender.json, weights, report.html')
 
 # %% ../../nbs/collab_deep/cli/00_app.ipynb #a012
 @app.command()
 def train(
     ratings:Annotated[Path, typer.Option(
-        help='CSV file with columns user, item or title, and rating; '
+        help='CSV (also .gz) or Parquet file with columns user, item or title, and rating; '
              'without ratings, a row says that there was an interaction.', metavar='FILE')],
     out:Annotated[Path, typer.Option(help='Folder to write the results to.', metavar='FOLDER')],
+    delimiter:Annotated[str, typer.Option(help='Text between two columns; found if not given.')]=None,
+    encoding:Annotated[str, typer.Option(help='Such as latin-1; UTF-8 if not given.')]=None,
     item:Annotated[str, typer.Option(
         help='Column of items; title if there is one, else item.', metavar='COLUMN')]=None,
     loss:Annotated[Loss, typer.Option(help='softmax or bpr for lists, mse for ratings.')]=Loss.softmax,
@@ -118,13 +126,14 @@ def train(
     Writes recommender.json with weights-*.safetensors (for collab-deep recommend) and report.html.
     """
     check_folder(out, ('recommender.json',), overwrite)
-    import pandas as pd  # here, since it takes a second
+    from paddy_multi.core.tables import read_table  # here, since pandas takes a second
     with errors_in_a_line(OSError, ValueError, TypeError):
-        df = pd.read_csv(ratings)
+        df = read_table(ratings, delimiter, encoding)
         learn = _learner(df, item or ('title' if 'title' in df else 'item'), loss.value, factors, bs, seed)
         _rehearse(learn, out, relevant)
-        learn.fit_one_cycle(epochs)
-        _write_results(learn, out, relevant)
+        with locked(out):
+            learn.fit_one_cycle(epochs)
+            _write_results(learn, out, relevant)
 
 # %% ../../nbs/collab_deep/cli/00_app.ipynb #c021
 @app.command()
@@ -140,4 +149,5 @@ def recommend(
     with errors_in_a_line(OSError, ValueError, KeyError):
         rec = load_recommender(model)
         by_text = {str(o): o for o in rec.users[1:]}
-        typer.echo(lists(rec, by_text.get(user, user), k, exclude_seen=not seen).to_string(index=False))
+        if len(by_text) < len(rec.users) - 1: raise ValueError(f'{model} has ids of users that are the same as text')
+        echo(lists(rec, by_text.get(user, user), k, exclude_seen=not seen).to_string(index=False))

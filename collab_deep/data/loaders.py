@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .splits import split_rows
 from .table import RatingsVocab, check_ratings, find_columns
+from paddy_multi.core.tables import read_table
 
 # %% ../../nbs/collab_deep/data/03_loaders.ipynb #c016
 class RatingsDataset(GetAttr):
@@ -186,8 +187,10 @@ def test_dl(self:RatingsDataLoaders,
 # %% ../../nbs/collab_deep/data/03_loaders.ipynb #l018
 @patch(cls_method=True)
 def from_csv(cls:RatingsDataLoaders,
-    file, # Path of a CSV file
+    file, # Path of a CSV file, also packed by gzip, or of a Parquet file; ValueError for what could be read in two ways
+    delimiter:str=None, # Text between two columns; found if not given
+    encoding:str=None, # Such as 'latin-1'; UTF-8 if not given
     **kwargs, # For `from_df`
 ):
-    "Make the loaders from a CSV file"
-    return cls.from_df(pd.read_csv(file), **kwargs)
+    "Make the loaders from a table in a file"
+    return cls.from_df(read_table(file, delimiter, encoding), **kwargs)

@@ -15,6 +15,9 @@ from fastai.data.transforms import CategoryMap
 from fastcore.basics import patch
 from torch import Tensor
 
+from paddy_multi.core.ids import UnknownIds
+from paddy_multi.core.values import largest
+
 # %% ../../nbs/collab_deep/data/02_table.ipynb #t030
 def _check_columns(df, names, rating_is_given):
     "`ValueError` unless `names` are three columns, or two and `None`"
@@ -60,17 +63,44 @@ def _check_ids(ids):
         raise TypeError(f'{ids.name} holds ids of mixed types, {sorted({type(o).__name__ for o in values})}, '
                         'so that 1 and "1" would be two: convert them, '
                         f"as with ratings.astype({{{ids.name!r}: str}})")
+    if pd.api.types.is_complex_dtype(values) or pd.api.types.is_float_dtype(values): _check_whole(ids.name, values)
+    else: _check_text(ids.name, [o for o in values.unique() if isinstance(o, str)])
+
+def _check_whole(name, values):
+    "`TypeError` for ids with a decimal or an imaginary part, and whole ones that a float cannot hold exactly"
+    odd = values[~((values % 1 == 0) & (values.abs() < 2**53))] if pd.api.types.is_float_dtype(values) else values
+    if len(odd): raise TypeError(f'{name} holds {odd.iloc[0]!r}, and an id is text or a whole number below 2**53: is it '
+                                 f'the right column? If so, convert it, as with ratings.astype({{{name!r}: str}})')
+
+def _check_text(name, ids):
+    "`ValueError` for ids that differ by spaces around them, and for the name of unknown ids"
+    if '#na#' in ids: raise ValueError(f"{name} holds '#na#', which stands for ids that are not known: give it another")
+    met = {}
+    for o in ids:
+        if (other := met.setdefault(o.strip(), o)) == o: continue
+        raise ValueError(f'{name} holds {other!r} and {o!r}, which would be two: take the spaces off, '
+                         f'as with ratings[{name!r}].str.strip()')
 
 # %% ../../nbs/collab_deep/data/02_table.ipynb #t013
 def _check_numbers(ratings):
     "`TypeError` for ratings that are no numbers, `ValueError` for missing and infinite ones"
-    if not pd.api.types.is_numeric_dtype(ratings):
+    if not pd.api.types.is_numeric_dtype(ratings) or pd.api.types.is_complex_dtype(ratings):
         raise TypeError(f'{ratings.name} should hold numbers, found {ratings.dtype}, as in {ratings.iloc[0]!r}')
-    bad = ~np.isfinite(ratings.to_numpy(dtype=np.float64, na_value=np.nan))
+    values = ratings.to_numpy(dtype=np.float64, na_value=np.nan)
+    _check_size(ratings, values)
+    bad = ~np.isfinite(values)
     if not bad.any(): return
     first = bad.argmax()
     raise ValueError(f'{bad.sum()} values of {ratings.name} are not finite, the first is {ratings.iloc[first]} '
                      f'in row {first}: leave them out, as with ratings[np.isfinite(ratings.{ratings.name})]')
+
+def _check_size(ratings, values):
+    "`ValueError` for finite ratings whose squares, summed, are not finite in float32"
+    large = np.isfinite(values) & (np.abs(values) > largest)
+    if not large.any(): return
+    first = large.argmax()
+    raise ValueError(f'{large.sum()} values of {ratings.name} are too large for float32 to square and sum, the first is '
+                     f'{values[first]:g} in row {first}: ratings lie within {largest:g}, so scale them')
 
 # %% ../../nbs/collab_deep/data/02_table.ipynb #c010
 def check_ratings(
@@ -111,6 +141,8 @@ class RatingsVocab:
 
     @cached_property
     def _indexes(self): return {name: pd.Index(list(ids[1:])) for name,ids in self.classes.items()}
+    @cached_property
+    def _unknown(self): return {name: UnknownIds(name, ids[1:]) for name,ids in self.classes.items()}
     @property
     def n_users(self): return len(self.classes[self.user])
     @property
@@ -118,7 +150,9 @@ class RatingsVocab:
 
 def _ids_of(column):
     "`#na#` and the different values of `column` in order, as plain Python values"
-    ids = CategoryMap(sorted(column.unique().tolist()), sort=False, add_na=True)
+    values = column.unique().tolist()
+    if pd.api.types.is_float_dtype(column): values = [int(o) for o in values]  # 3.0 is the id 3
+    ids = CategoryMap(sorted(values), sort=False, add_na=True)
     if len(ids) > 2: return ids
     raise ValueError(f'to compare takes at least 2 different values of {column.name} in the training rows, '
                      f'found only {ids[1]!r}')
@@ -134,8 +168,11 @@ def encode(self:RatingsVocab,
 
 @patch
 def _codes(self:RatingsVocab, name, ids):
-    "Row numbers of `ids` in the column `name`"
-    return torch.from_numpy(self._indexes[name].get_indexer(pd.Index(ids)) + 1)  # -1 says that there is none
+    "Row numbers of `ids` in the column `name`; an error for one that is known in another shape"
+    ids = pd.Index(ids)
+    codes = self._indexes[name].get_indexer(ids)  # -1 says that there is none
+    self._unknown[name].check(ids[codes < 0].unique())
+    return torch.from_numpy(codes + 1)
 
 # %% ../../nbs/collab_deep/data/02_table.ipynb #t020
 _piece = 2**18  # rows that are encoded together
