@@ -267,7 +267,8 @@ def table_with(copy, **columns):
 @pytest.mark.parametrize('columns, args, text', [
     (dict(n=[1, 2]), ['n'], 'write --targets n:category or n:regression'),
     (dict(t=['a b', 'b']), ['t:multicategory'], 'give --tag-delimiter, or write the kind category in --targets'),
-    (dict(t=['1.5', '2.5', '3.5', 'NA']), ['t'], "write --missing 'NA' for a missing label, or t:category in --targets"),
+    (dict(t=['1.5', '2.5', '3.5', 'NA']), ['t'],
+     "write --missing 'NA' for a missing label, or t:category in --targets"),
     (dict(t=['a', 'b']), ['t:colour'], "expected a kind of ['category', 'count'"),
     (dict(t=['low', 'high']), ['t:ordinal'], 'number the ranks in their order'),
     (dict(t=['a', 'b']), ['t', '--tag-delimiter', ';'], '--tag-delimiter and --empty-tags say how tags are written'),
