@@ -1,4 +1,4 @@
-"A loss or a weight that is NaN or infinite ends training: in both learners, in chunks, in half precision, before saving"
+"A loss or weight that is NaN or infinite ends training: in both learners, in chunks, half precision, before saving"
 import math
 import warnings
 
@@ -175,8 +175,8 @@ def test_a_recommender_stops_at_weights_that_are_no_numbers(dls, loss):
         def after_step(self):
             if self.iter == 4: next(self.model.parameters()).data[3] = math.nan
     learn = collab_deep_learner(dls, 4, loss=loss, cbs=[KeepBest(), Break()])
-    with pytest.raises(FloatingPointError, match=r'loss is nan in epoch 0, batch \d+ of 10; weights such as .* were not '
-                       'finite before it: use a lower learning rate'): quiet_fit(learn, 1)
+    with pytest.raises(FloatingPointError, match=r'loss is nan in epoch 0, batch \d+ of 10; weights such as .* were '
+                       'not finite before it: use a lower learning rate'): quiet_fit(learn, 1)
 
 
 def test_a_recommender_stops_at_the_end_of_an_epoch(dls):

@@ -16,7 +16,8 @@ from paddy_multi.train.learner import multi_target_learner
 def path(tmp_path_factory): return sample_digits(tmp_path_factory.mktemp('digits'))
 
 @pytest.fixture(scope='module')
-def df(path): return pd.read_csv(path/'labels.csv', dtype=dict(digit=str)).sample(96, random_state=0)[['image', 'slant', 'ink']]
+def df(path):
+    return pd.read_csv(path/'labels.csv', dtype=dict(digit=str)).sample(96, random_state=0)[['image', 'slant', 'ink']]
 
 def loaders(df, path, size=16, targets=('slant', 'ink'), **kwargs):
     return MultiTargetDataLoaders.from_df(df, path, folder='images', targets=targets, seed=1, bs=16, num_workers=0,
@@ -27,7 +28,8 @@ def learner(dls, **kwargs): return multi_target_learner(dls, 'test_resnet', pret
 def quietly(learn, do):
     with learn.no_bar(), learn.no_logging(): return do(learn)
 
-TAKES = [lambda o: o.fit(1), lambda o: o.validate(), lambda o: o.get_preds(), lambda o: o.predict(o.dls.valid_ds.items[0])]
+TAKES = [lambda o: o.fit(1), lambda o: o.validate(), lambda o: o.get_preds(),
+         lambda o: o.predict(o.dls.valid_ds.items[0])]
 
 @pytest.mark.parametrize('change, text', [
     (lambda df: df.assign(ink=df.ink*10), 'ink: mean'),
@@ -64,7 +66,8 @@ def test_weights_know_their_classes_through_every_file(df, path, tmp_path):
     learn.save('weights')
     swapped = df.assign(slant=df.slant.replace(dict(left='a', right='b', upright='c')))
     other = learner(loaders(swapped, path), path=tmp_path)
-    with pytest.raises(ValueError, match="slant: classes 'a', 'b', 'c' only in the model and 'left'"): other.load('weights')
+    with pytest.raises(ValueError, match="slant: classes 'a', 'b', 'c' only in the model and 'left'"):
+        other.load('weights')
     other.export(tmp_path/'other.pkl')
     with pytest.raises(ValueError, match="slant: classes 'a', 'b', 'c' only"):
         load_learner(tmp_path/'other.pkl').model.load_state_dict(learn.model.state_dict())
@@ -76,7 +79,8 @@ def test_weights_know_their_classes_through_every_file(df, path, tmp_path):
 # --- recommenders ---------------------------------------------------------------------------------------------------
 @pytest.fixture
 def ratings():
-    return pd.DataFrame([dict(user=u, item=i, rating=1 + (u*i) % 5) for u in range(1, 11) for i in range(8) if (u+i) % 3])
+    pairs = [(u, i) for u in range(1, 11) for i in range(8) if (u+i) % 3]
+    return pd.DataFrame([dict(user=u, item=i, rating=1 + (u*i) % 5) for u, i in pairs])
 
 def recommender(df, **kwargs):
     return collab_deep_learner(RatingsDataLoaders.from_df(df, valid_pct=0, bs=16, device='cpu'), 4, **kwargs)
@@ -92,7 +96,8 @@ def test_a_model_of_yesterday_on_ids_of_today(ratings, tmp_path):
     with pytest.raises(ValueError, match='trained for something else: users: ids 9 with digest'): new.load('old')
     old.dls = new.dls
     for take in (lambda o: o.fit(1), lambda o: o.validate(0)):
-        with pytest.raises(ValueError, match='users: ids 1 only in the learner and 10 only in the data'): quietly(old, take)
+        with pytest.raises(ValueError, match='users: ids 1 only in the learner and 10 only in the data'):
+            quietly(old, take)
     again = collab_deep_learner(RatingsDataLoaders.from_df(first, valid_pct=0, bs=8, device='cpu'), model=old.model)
     quietly(again, lambda o: o.fit(1))
 

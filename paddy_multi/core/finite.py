@@ -75,7 +75,8 @@ class CheckFinite(OwnEvents):
         if is_at_hand(loss := self.learn.loss) and not math.isfinite(value_of(loss)): self._refuse_loss()
 
     def after_batch(self):
-        if not is_at_hand(self.learn.loss) and not math.isfinite(value_of(fetched_loss(self.learn))): self._refuse_loss()
+        if is_at_hand(self.learn.loss): return
+        if not math.isfinite(value_of(fetched_loss(self.learn))): self._refuse_loss()
 
     def after_train(self): self._refuse_weights()
     def after_cancel_fit(self): self._refuse_weights()
