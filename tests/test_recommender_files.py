@@ -144,7 +144,7 @@ def edited(r, saved, name):
         size = r.choice([o for o in SIZES if o in settings])
         large = r.choice([10**5, 10**7, 10**9, 10**10, 2**40])
         settings[size] = [large] if isinstance(settings[size], list) else large
-    elif how == 'members': said['model']['settings']['members'] = r.choice([[], [said['model']]*1000, [dict(kind='os')]])
+    elif how == 'members': said['model']['settings']['members'] = r.choice([[], [copy.deepcopy(said['model'])]*1000, [dict(kind='os')]])
     elif how == 'swap': said['user'], said['item'] = said['item'], said['user']
     files[JSON] = as_bytes(signed(said))
     return files

@@ -69,8 +69,8 @@ def _check_ids(ids):
 def _check_whole(name, values):
     "`TypeError` for ids with a decimal or an imaginary part, and whole ones that a float cannot hold exactly"
     odd = values[~((values % 1 == 0) & (values.abs() < 2**53))] if pd.api.types.is_float_dtype(values) else values
-    if len(odd): raise TypeError(f'{name} holds {odd.iloc[0]!r}, and an id is text or a whole number below 2**53: is it '
-                                 f'the right column? If so, convert it, as with ratings.astype({{{name!r}: str}})')
+    if len(odd): raise TypeError(f'{name} holds {odd.iloc[0]!r}, and an id is text or a whole number below 2**53: is '
+                                 f'it the right column? If so, convert it, as with ratings.astype({{{name!r}: str}})')
 
 def _check_text(name, ids):
     "`ValueError` for ids that differ by spaces around them, and for the name of unknown ids"
@@ -99,8 +99,8 @@ def _check_size(ratings, values):
     large = np.isfinite(values) & (np.abs(values) > largest)
     if not large.any(): return
     first = large.argmax()
-    raise ValueError(f'{large.sum()} values of {ratings.name} are too large for float32 to square and sum, the first is '
-                     f'{values[first]:g} in row {first}: ratings lie within {largest:g}, so scale them')
+    raise ValueError(f'{large.sum()} values of {ratings.name} are too large for float32 to square and sum, the first '
+                     f'is {values[first]:g} in row {first}: ratings lie within {largest:g}, so scale them')
 
 # %% ../../nbs/collab_deep/data/02_table.ipynb #c010
 def check_ratings(

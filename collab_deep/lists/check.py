@@ -37,7 +37,8 @@ def check_lists(
     "`ValueError` unless `table` has sorted lists of columns from 1 on for each row"
     starts,columns = table
     if starts.shape != (n_rows+1,) or starts[0] != 0 or (starts.diff() < 0).any() or starts[-1] != len(columns):
-        raise ValueError(f'the lists of what was seen do not fit: expected {n_rows} of them with {len(columns)} entries')
+        raise ValueError(f'the lists of what was seen do not fit: expected {n_rows} of them '
+                         f'with {len(columns)} entries')
     if len(columns) and not 0 < columns.min() <= columns.max() < n_columns:
         raise ValueError(f'what was seen holds row {columns.min()} or {columns.max()}, expected 1 to {n_columns-1}')
     if (csr_keys(table, n_columns).diff() <= 0).any():

@@ -79,7 +79,7 @@ def predict_pairs(
     users, # A user's id, or a DataFrame with the columns of users and items
     items=None, # An item's id; not with a DataFrame
 ): # A number for one pair; a Series with the index of the DataFrame
-    "What `learn` predicts for a pair or for each row; an id that is new counts as average, one of another type is refused"
+    "What `learn` predicts for a pair or each row; a new id counts as average, one of another type is refused"
     rec = as_recommender(learn)
     if isinstance(users, pd.DataFrame): return _predict_rows(rec, users)
     if items is None: raise TypeError(f'expected a user and an item, or a DataFrame; found only {users!r:.60}')

@@ -109,8 +109,8 @@ def _read(folder):
                                 'name a folder that collab_deep.use.save.save_recommender has written')
     said,fits = _parsed(file)
     if type(said.get('version')) is not int or not 1 <= said['version'] <= _version:
-        raise ValueError(f'{file} has version {said.get("version")!r:.60} of the format, and this reads 1 to {_version}: '
-                         f'use the collab_deep that wrote it, {said.get("written_by")!r:.60}')
+        raise ValueError(f'{file} has version {said.get("version")!r:.60} of the format, and this reads 1 to {_version}'
+                         f': use the collab_deep that wrote it, {said.get("written_by")!r:.60}')
     if not fits: raise ValueError(f'{file} is damaged: its checksum does not fit')
     if said['version'] == 1: said = _from_version_1(file, said)
     _check_types(file, said)
@@ -151,7 +151,8 @@ def _empty_model(said, longest, more=()):
 # %% ../../nbs/collab_deep/use/01_save.ipynb #s131
 _floats = {'F64', 'F32', 'F16', 'BF16'}
 _data = dict(seen_starts='I64', seen_items='I32', item_counts='I64', user_counts='I64')
-_other = {torch.int64: 'I64', torch.int32: 'I32', torch.bool: 'BOOL', torch.uint8: 'U8', torch.int16: 'I16', torch.int8: 'I8'}
+_other = {torch.int64: 'I64', torch.int32: 'I32', torch.int16: 'I16', torch.int8: 'I8', torch.uint8: 'U8',
+          torch.bool: 'BOOL'}
 
 def _header(numbers):
     "Type and shape of each tensor in a file of numbers, without reading these"
@@ -197,7 +198,7 @@ def _recommender(said, numbers, models=()):
     if said['version'] == 1 and len(sides[0]['ids']) == model.n_items != model.n_users: sides.reverse()
     _check_header(found, model, *n_seen)
     try: tensors = safetensors.load(numbers)
-    except Exception as e: raise ValueError(f'the weights are damaged: {e}') from None  # SafetensorError is no ValueError
+    except Exception as e: raise ValueError(f'the weights are damaged: {e}') from None
     state,data = ({name.removeprefix(start): o for name,o in tensors.items() if name.startswith(start)}
                   for start in ('model.', 'data.'))
     rec = Recommender(_filled(model, state), {o['column']: o['ids'] for o in sides}, said['rating'],
