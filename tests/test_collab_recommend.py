@@ -145,8 +145,8 @@ def test_unknown_ids_are_average_after_a_plain_learner():
     with torch.no_grad():
         match = (model.users.weight[1:].mean(0)*model.items.weight[1]).sum()
         average = match + model.user_bias[1:].mean() + model.item_bias[1]
-    assert predict_pairs(learn, 'nobody', 0) == pytest.approx(average.item(), rel=1e-4)
-    held = rows[rows.user == 5].assign(user='nobody')
+    assert predict_pairs(learn, 5000, 0) == pytest.approx(average.item(), rel=1e-4)
+    held = rows[rows.user == 5].assign(user=5000)
     assert evaluate_ratings(learn).value.mse == pytest.approx(((predict_pairs(learn, held) - held.rating)**2).mean())
 
 
@@ -158,7 +158,7 @@ def test_reading_a_plain_learner_writes_nothing(make):
     evaluate_ratings(learn)
     recommend(learn, {0: 5.})
     fold_in(learn, {0: 5.})
-    strangers = rows[['user', 'item']][:5].assign(user='nobody')
+    strangers = rows[['user', 'item']][:5].assign(user=5000)
     assert predict_pairs(learn, strangers).tolist() == predict_pairs(rec, strangers).tolist()
     assert all(torch.equal(o, before[name]) for name, o in learn.model.state_dict().items())
     for mine, theirs in ((rec.model.user_factors, learn.model.user_factors),

@@ -19,7 +19,7 @@ def check_ids(
     ids:list, # By row, the place of unknown ones first, then those with features alone
 ):
     "`ValueError` for ids that are no text or finite numbers, and for one that comes twice"
-    if not ids or ids[0] != '#na#': raise ValueError(f"{name}: expected '#na#' as the first id, found {ids[:1]}")
+    if not ids or ids[0] != '#na#': raise ValueError(f"{name}: expected '#na#' as the first id, found {ids[:1]!r:.60}")
     for o in ids:
         if type(o) not in (str, int, float, bool) or isinstance(o, float) and not math.isfinite(o):
             raise ValueError(f'{name}: an id is text or a finite number, found {o!r:.60}')
