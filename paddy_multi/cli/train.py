@@ -16,8 +16,9 @@ from typing import Annotated, Literal
 import typer
 
 from .options import speaking_options
-from ..core.commands import check_folder, echo, printable, refuse, stop
+from ..core.commands import check_folder, echo, refuse, stop
 from ..core.files import locked, write_file, written_together
+from ..core.values import printable
 
 # %% ../../nbs/paddy_multi/cli/02_train.ipynb #c008
 _results = 'report.html','predictions.csv','model.pkl','settings.json'

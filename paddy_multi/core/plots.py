@@ -6,7 +6,7 @@
 __all__ = ['literal']
 
 # %% ../../nbs/paddy_multi/core/09_plots.ipynb #n003
-from .commands import printable
+from .values import printable
 
 # %% ../../nbs/paddy_multi/core/09_plots.ipynb #n005
 def literal(

@@ -10,24 +10,29 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ..core.plots import literal
 from ..core.tensors import plain
+from ..core.values import printable
 
 # %% ../../nbs/paddy_multi/targets/02_table.ipynb #c006
 class TargetRow(dict):
     "The targets of one item by name, in their own units; None for a missing label"
-    def __str__(self): return '\n'.join(f'{name}: {label_text(label)}' for name, label in self.items())
+    def __str__(self):
+        return '\n'.join(printable(f'{name}: {label_text(label)}', '') for name, label in self.items())
     def show(self, ctx=None, **kwargs):
         "Write the labels as the title of `ctx`, or print them"
         from fastai.torch_core import show_title
-        return show_title(str(self), ctx=ctx, **{'label': 'targets', **kwargs})
+        lines = str(self).split('\n')
+        if hasattr(ctx, 'set_title'): lines = [literal(line, 40) for line in lines]
+        return show_title('\n'.join(lines), ctx=ctx, **{'label': 'targets', **kwargs})
 
 # %% ../../nbs/paddy_multi/targets/02_table.ipynb #c007
 def label_text(
     label, # As `decode` gives it
 )->str:
-    "A label as it is shown: '?' for a missing one, four digits of a number"
+    "A label as it is shown: '?' for a missing one, four digits of a number or all of a large one"
     if label is None: return '?'
-    if isinstance(label, float): return f'{label:.4g}'
+    if isinstance(label, float): return f'{label:.0f}' if 1e4 <= abs(label) < 1e15 else f'{label:.4g}'
     if isinstance(label, list): return ', '.join(map(str, label)) or '(none)'
     return str(label)
 

@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 
 import paddy_multi.use.show  # registers show_results for several targets
-from ..core.commands import printable
+from ..core.values import printable
 from ..core.files import write_file
 from ..core.html import heading, note, page_of, picture_of, table_of
 from ..core.plots import literal
