@@ -76,6 +76,30 @@ def test_weights_know_their_classes_through_every_file(df, path, tmp_path):
     other.load('before', with_opt=False)
 
 
+def test_a_body_may_serve_other_classes(df, path):
+    "Weights without a head, taken with strict=False; a whole model of other classes is refused so, too"
+    learn, other = learner(loaders(df, path)), learner(loaders(df.assign(slant=df.slant.str.title()), path))
+    state = learn.model.state_dict()
+    with pytest.raises(ValueError, match='trained for something else'): other.model.load_state_dict(state, strict=False)
+    other.model[0].load_state_dict(learn.model[0].state_dict())
+    for name in [o for o in state if o.startswith('1.')]: del state[name]
+    head = {name: o.clone() for name, o in other.model[1].state_dict().items()}
+    other.model.load_state_dict(state, strict=False)
+    assert all(torch.equal(o, state[f'0.{name}']) for name, o in other.model[0].state_dict().items())
+    assert all(torch.equal(o, head[name]) for name, o in other.model[1].state_dict().items())
+
+
+@pytest.mark.parametrize('names', [('ink_mean_absolute_error',), ('slant_error_rate',), ('slant_loss', 'ink_loss')])
+def test_metrics_of_other_targets_are_refused_before_the_first_batch(df, path, names):
+    dls, other = loaders(df, path), loaders(df.assign(ink=df.ink*10, slant=df.slant.str.title()), path).targets
+    metrics = [o for o in other.metrics() if o.name in names]
+    assert len(metrics) == len(names), [o.name for o in other.metrics()]
+    learn = learner(dls, metrics=metrics)
+    with pytest.raises(ValueError, match='a metric was made for other targets than the loss'):
+        quietly(learn, lambda o: o.fit(1))
+    assert not hasattr(learn, 'iter')
+
+
 # --- recommenders ---------------------------------------------------------------------------------------------------
 @pytest.fixture
 def ratings():

@@ -9,27 +9,33 @@ __all__ = []
 from torch import nn
 
 # %% ../../nbs/paddy_multi/core/12_facts.ipynb #n006
-def differences(
-    ours:dict, # Facts by name, each a dict of texts or lists of texts
-    theirs:dict, # The same of another
-    here:str, # What the first are facts of, as in 'the learner'
-    there:str, # What the second are facts of
-)->str: # '' where there is no difference
-    "What sets `theirs` apart, in words"
-    if list(ours) != list(theirs): return f'{list(ours)} in {here} and {list(theirs)} in {there}'
-    pairs = [(name, key, ours[name].get(key), theirs[name].get(key))
-             for name in ours for key in {**ours[name], **theirs[name]}]
-    return '; '.join(f'{name}: {_difference(key, a, b, here, there)}' for name, key, a, b in pairs if a != b)
-
-def _difference(key, a, b, here, there):
+def what_differs(
+    key:str, # What two facts are about
+    a, # One of them, a text or a list of texts
+    b, # The other
+    here:str, # What the first is a fact of, as in 'the learner'
+    there:str, # What the second is a fact of
+)->str:
     "What sets two facts apart: of two lists what only one of them has"
     if not (isinstance(a, list) and isinstance(b, list)): return f'{key} {a} in {here} and {b} in {there}'
     only = [(sorted({*x} - {*y}), where) for x, y, where in ((a, b, here), (b, a, there))]
     text = ' and '.join(f'{_some(names)} only in {where}' for names, where in only if names)
     return f'{key} {text}' if text else f'{key} [{_some(a)}] in {here} and [{_some(b)}] in {there}'
 
-def _some(texts, n=5):
-    return ', '.join(texts[:n]) + (f' and {len(texts)-n} more' if len(texts) > n else '')
+def _some(texts, n=5): return ', '.join(texts[:n]) + (f' and {len(texts)-n} more' if len(texts) > n else '')
+
+# %% ../../nbs/paddy_multi/core/12_facts.ipynb #d82049e1
+def differences(
+    ours:dict, # Facts by name, each a dict of texts or lists of texts
+    theirs:dict, # The same of another
+    here:str, # What the first are facts of
+    there:str, # What the second are facts of
+)->str: # '' where there is no difference
+    "What sets `theirs` apart, in words"
+    if list(ours) != list(theirs): return f'{list(ours)} in {here} and {list(theirs)} in {there}'
+    pairs = [(name, key, ours[name].get(key), theirs[name].get(key))
+             for name in ours for key in {**ours[name], **theirs[name]}]
+    return '; '.join(f'{name}: {what_differs(key, a, b, here, there)}' for name, key, a, b in pairs if a != b)
 
 # %% ../../nbs/paddy_multi/core/12_facts.ipynb #n009
 def remember(
@@ -37,7 +43,8 @@ def remember(
     facts:dict, # By name, each a dict of texts or lists of texts
     advice:str, # What to do about weights that belong to others
 ):
-    "Let the weights of `model` carry `facts`; `ValueError` from `load_state_dict` for weights that carry others"
+    """Let the weights of `model` carry `facts`; `ValueError` from `load_state_dict` for weights that carry others, of a
+    whole model: a part of it, which PyTorch takes with `strict=False`, may serve others"""
     if not hasattr(model, 'facts'):
         model._register_state_dict_hook(_write_facts)
         model._register_load_state_dict_pre_hook(_compare_facts, with_module=True)
@@ -47,6 +54,10 @@ def _write_facts(model, state_dict, prefix, local_metadata): local_metadata['fac
 
 def _compare_facts(model, state_dict, prefix, local_metadata, *args):
     found = local_metadata.get('facts')
-    if found is None: return
+    if found is None or _is_part(model, state_dict, prefix): return
     if differ := differences(model.facts, found, 'the model', 'the weights to be loaded'):
         raise ValueError(f'these weights were trained for something else: {differ}. {model.facts_advice}')
+
+def _is_part(model, state_dict, prefix):
+    "Whether names of `model` are not in `state_dict`, so that PyTorch takes it with `strict=False` only"
+    return any(prefix+o not in state_dict for o in model.state_dict())
