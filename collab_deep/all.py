@@ -9,6 +9,7 @@ from .models.nn import *
 from .models.features import *
 from .models.factor import *
 from .models.ensemble import *
+from .models.weights import *
 from .data.movielens import *
 from .data.splits import *
 from .data.table import *

@@ -129,12 +129,14 @@ def edited(r, saved, name):
     settings = said['model']['settings']
     if 'members' in settings: settings = settings['members'][0]['settings']
     ids = said[r.choice(['user', 'item'])]['ids']
-    how = r.choice(['value']*5 + ['remove']*2 + ['add', 'twice', 'fewer', 'more', 'others', 'setting', 'setting', 'huge',
-                                                 'members', 'swap'])
+    how = r.choice(['value']*5 + ['remove']*2 + ['add', 'twice', 'fewer', 'more', 'others', 'setting', 'setting',
+                                                 'huge', 'members', 'swap'])
     at = r.choice([*places(said)])
     if how == 'value': inner(said, at[:-1])[at[-1]] = copy.deepcopy(r.choice(ODD))
     elif how == 'remove': del inner(said, at[:-1])[at[-1]]
-    elif how == 'add': r.choice([said, said['model'], settings, said['user']])[r.choice(['x', 'self', 'std'])] = r.choice(ODD)
+    elif how == 'add':
+        place = r.choice([said, said['model'], settings, said['user']])
+        place[r.choice(['x', 'self', 'std'])] = r.choice(ODD)
     elif how == 'twice': ids[r.randrange(1, len(ids))] = ids[r.randrange(1, len(ids))]
     elif how == 'fewer': del ids[r.randrange(len(ids)):]
     elif how == 'more': ids += [f'z{i}' for i in range(r.choice([1, 5, 1000]))]
@@ -144,7 +146,9 @@ def edited(r, saved, name):
         size = r.choice([o for o in SIZES if o in settings])
         large = r.choice([10**5, 10**7, 10**9, 10**10, 2**40])
         settings[size] = [large] if isinstance(settings[size], list) else large
-    elif how == 'members': said['model']['settings']['members'] = r.choice([[], [copy.deepcopy(said['model'])]*1000, [dict(kind='os')]])
+    elif how == 'members':
+        members = r.choice([[], [copy.deepcopy(said['model'])]*1000, [dict(kind='os')]])
+        said['model']['settings']['members'] = members
     elif how == 'swap': said['user'], said['item'] = said['item'], said['user']
     files[JSON] = as_bytes(signed(said))
     return files
@@ -168,19 +172,20 @@ def other_numbers(r, saved, name):
     said, [data] = json.loads(files[JSON]), [o for key, o in files.items() if key != JSON]
     tensors = {key: o.clone() for key, o in safetensors.load(data).items()}
     key = r.choice([*tensors])
-    how = r.choice(['number', 'number', 'larger', 'turned', 'type', 'drop', 'extra', 'entry', 'entry', 'start', 'counts',
-                    'header', 'header', 'bytes'])
+    how = r.choice(['number', 'number', 'larger', 'turned', 'type', 'drop', 'extra', 'entry', 'entry', 'start',
+                    'counts', 'header', 'header', 'bytes'])
     if how == 'number':
         key = r.choice([o for o in tensors if tensors[o].is_floating_point() and tensors[o].numel()])
         tensors[key].view(-1)[r.randrange(tensors[key].numel())] = r.choice([float('nan'), float('inf'), 3e38])
     elif how == 'larger': tensors[key] = torch.cat([tensors[key]]*2) if tensors[key].ndim else tensors[key].repeat(2)
     elif how == 'turned': tensors[key] = tensors[key].T.contiguous() if tensors[key].ndim == 2 else tensors[key][None]
-    elif how == 'type': tensors[key] = tensors[key].to(r.choice([torch.float64, torch.float16, torch.int32, torch.bool]))
+    elif how == 'type':
+        tensors[key] = tensors[key].to(r.choice([torch.float64, torch.float16, torch.int32, torch.bool]))
     elif how == 'drop': del tensors[key]
     elif how == 'extra': tensors[r.choice(['model.x', 'data.x', 'x', '', 'model.', '../x'])] = torch.zeros(3)
     elif how in ('entry', 'start'):
-        key = r.choice([o for o in tensors if ('seen' in o or 'seers' in o) and ('start' in o or 'ptr' in o) == (how == 'start')
-                        and tensors[o].numel()])
+        lists = [o for o in tensors if ('seen' in o or 'seers' in o) and tensors[o].numel()]
+        key = r.choice([o for o in lists if ('start' in o or 'ptr' in o) == (how == 'start')])
         tensors[key][r.randrange(len(tensors[key]))] = r.choice([-1, 0, 1, 3, 10, 10**6, 2**31 - 1])
     elif how == 'counts': tensors[r.choice(['data.item_counts', 'data.user_counts'])].neg_()
     data = safetensors.save(tensors)
@@ -292,7 +297,8 @@ def test_three_processes_save_and_one_reads(tmp_path):
     wanted = [predict_pairs(o, 'a', 'y') for o in recs]
     save_recommender(recs[0], tmp_path)
     command = [sys.executable, '-W', 'ignore', '-c', WRITER, tmp_path]
-    writers = [subprocess.Popen([*command, str(i), os.path.dirname(__file__)], stderr=subprocess.PIPE) for i in range(3)]
+    here = os.path.dirname(__file__)
+    writers = [subprocess.Popen([*command, str(i), here], stderr=subprocess.PIPE) for i in range(3)]
     n = 0
     while any(o.poll() is None for o in writers):
         assert predict_pairs(load_recommender(tmp_path), 'a', 'y') in wanted

@@ -13,14 +13,12 @@ import re
 import time
 from pathlib import Path
 
-import torch
 from safetensors import torch as safetensors
 
 from .. import __version__
-from ..lists.check import check_ids, check_recommender
+from ..lists.check import check_recommender
 from ..lists.recommender import Recommender, as_recommender
-from ..models import ensemble  # so that all models are in the registry
-from ..models.base import CollabModel
+from ..models.weights import check_header, empty_model, filled_model, read_header, tensors_of
 from paddy_multi.core.files import locked, write_file
 
 # %% ../../nbs/collab_deep/use/01_save.ipynb #s003
@@ -133,100 +131,58 @@ def _read_weights(folder, checksum):
     if hashlib.sha256(numbers).hexdigest() == checksum: return numbers
     raise ValueError(f'{weights} is damaged: it is not what {_file} was written with')
 
-# %% ../../nbs/collab_deep/use/01_save.ipynb #s012
-def _empty_model(said, longest, more=()):
-    "The model that `said` describes, without numbers; `more` are classes that the registry lacks"
-    name,known = said['name'],CollabModel.registry | {o.__name__: o for o in more}
-    if name not in known:
-        raise ValueError(f'the model is a {name:.60}, which is none of {sorted(known)}: '
-                         f'give its class, as in load_recommender(folder, models=[{name:.60}])')
-    def sizes(o): return [len(o), *(n for part in o for n in sizes(part))] if isinstance(o, list) else (
-        [n for part in o.values() for n in sizes(part)] if isinstance(o, dict) else [])
-    try:
-        if max(sizes(said['settings']), default=0) > longest: raise ValueError('a list is longer than any tensor')
-        with torch.device('meta'): return known[name](**said['settings'])
-    except Exception as e:  # whatever a constructor makes of what is no setting of it
-        raise ValueError(f'the settings of {name} do not fit it: {type(e).__name__}: {e!s:.200}') from None
-
-# %% ../../nbs/collab_deep/use/01_save.ipynb #s131
-_floats = {'F64', 'F32', 'F16', 'BF16'}
-_data = dict(seen_starts='I64', seen_items='I32', item_counts='I64', user_counts='I64')
-_other = {torch.int64: 'I64', torch.int32: 'I32', torch.int16: 'I16', torch.int8: 'I8', torch.uint8: 'U8',
-          torch.bool: 'BOOL'}
-
-def _header(numbers):
-    "Type and shape of each tensor in a file of numbers, without reading these"
-    try:
-        size = int.from_bytes(numbers[:8], 'little')
-        said = json.loads(numbers[8:8+size])
-        said.pop('__metadata__', None)
-        return {name: (str(o['dtype']), tuple(int(n) for n in o['shape'])) for name,o in said.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as e:
-        raise ValueError(f'the weights are damaged: their header is not one of safetensors ({e!s:.60})') from None
-
-def _check_header(found, model, n_seen):
-    "`ValueError` unless types and shapes `found` are those of `model` and of lists of `n_seen` entries"
-    shapes = {f'model.{name}': tuple(o.shape) for name,o in model.state_dict().items()}
-    sides = dict(seen_starts=model.n_users+1, seen_items=n_seen, item_counts=model.n_items, user_counts=model.n_users)
-    shapes |= {f'data.{name}': (n,) for name,n in sides.items()}
-    wrong = [name for name in shapes if name not in found or found[name][1] != shapes[name]]
-    wrong += found.keys() - shapes.keys()
-    types = {f'model.{name}': _other.get(o.dtype, _floats) for name,o in model.state_dict().items()}
-    types |= {f'data.{name}': kind for name,kind in _data.items()}
-    wrong += [name for name in shapes if name in found and found[name][0] not in types[name]]
-    floats = {found[name][0] for name in shapes if types[name] is _floats and name in found}
-    if len(floats) > 1: wrong += [f'numbers of {sorted(floats)}']
-    if not wrong: return
-    raise ValueError(f'the weights do not fit the settings of {type(model).__name__}: {wrong[0]:.60} is missing, '
-                     f'unknown, or of another size or type')
-
 # %% ../../nbs/collab_deep/use/01_save.ipynb #s134
-def _filled(model, state):
-    "`model` with the numbers `state`; ValueError for tensors that are neither parameters nor buffers that are kept"
-    model.load_state_dict(state, assign=True)
-    kept = [*model.parameters(), *model.buffers(), *(o for m in model.modules() for o in vars(m).values())]
-    if not any(isinstance(o, torch.Tensor) and o.is_meta for o in kept): return model.eval()
-    raise ValueError(f'{type(model).__name__} makes tensors that are not saved with it: use nn.Parameter, '
-                     f'or register_buffer without persistent=False')
+def _wanted(model, n_seen):
+    "Types and shape of each tensor beside `model` and lists of `n_seen` entries in a file of numbers"
+    data = dict(seen_starts=('I64', model.n_users+1), seen_items=('I32', n_seen),
+                item_counts=('I64', model.n_items), user_counts=('I64', model.n_users))
+    return {f'model.{name}': o for name,o in tensors_of(model).items()} | {
+        f'data.{name}': ((kind,), (n,)) for name,(kind,n) in data.items()}
 
 def _recommender(said, numbers, models=()):
     "The `Recommender` that `said` describes, with the `numbers` of a file"
-    found = _header(numbers)
-    n_seen = found.get('data.seen_items', (0, ()))[1][:1] or (0,)
-    model = _empty_model(said['model'], max([len(found), *(n for _,shape in found.values() for n in shape)]), models)
+    found = read_header(numbers)
+    longest = max([len(found), *(n for _,shape in found.values() for n in shape)])
+    model = empty_model(said['model']['name'], said['model']['settings'], longest, models)
+    _,seen = found.get('data.seen_items', ('', ()))
+    check_header(found, _wanted(model, seen[0] if seen else 0))
     sides = [said['user'],said['item']]
     if said['version'] == 1 and len(sides[0]['ids']) == model.n_items != model.n_users: sides.reverse()
-    _check_header(found, model, *n_seen)
     try: tensors = safetensors.load(numbers)
     except Exception as e: raise ValueError(f'the weights are damaged: {e}') from None
     state,data = ({name.removeprefix(start): o for name,o in tensors.items() if name.startswith(start)}
                   for start in ('model.', 'data.'))
-    rec = Recommender(_filled(model, state), {o['column']: o['ids'] for o in sides}, said['rating'],
+    rec = Recommender(filled_model(model, state), {o['column']: o['ids'] for o in sides}, said['rating'],
                       (data['seen_starts'], data['seen_items'].long()), data['item_counts'], data['user_counts'],
                       said['mean'], said['ranks'])
     check_recommender(rec)
     return rec
 
 # %% ../../nbs/collab_deep/use/01_save.ipynb #s014
+def _read_both(folder, tries=20):
+    "What the JSON in `folder` says and its numbers; once more where others have replaced these in between"
+    said = _read(folder)
+    try: return said,_read_weights(folder, said['weights'])
+    except FileNotFoundError:
+        if not tries: raise
+    time.sleep(.005)
+    return _read_both(folder, tries-1)
+
 def load_recommender(
-    folder:str|Path, # Written by `save_recommender`
+    folder:str|Path, # Written by `save_recommender` in version 1 or 2 of the format; others may write it meanwhile
     models:list=(), # Classes of models that are not known here
-)->Recommender: # FileNotFoundError or ValueError if the folder does not hold what was written
+)->Recommender: # FileNotFoundError or ValueError if the folder does not hold what was written, or numbers not finite
     "Read a recommender, to predict and to recommend as the learner did; the old or the new one while it is replaced"
-    folder,missing = Path(folder),0
-    while True:
-        said = _read(folder)
-        try: return _recommender(said, _read_weights(folder, said['weights']), models)
-        except FileNotFoundError:  # perhaps by someone who has written others since then
-            missing += 1
-            if missing > 20: raise
-            time.sleep(.005)
+    folder = Path(folder)
+    said,numbers = _read_both(folder)
+    try: return _recommender(said, numbers, models)
+    except ValueError as e: raise ValueError(f'{folder/_file}: {e}') from None
 
 # %% ../../nbs/collab_deep/use/01_save.ipynb #c006
 def save_recommender(
     learn, # A learner, or a `Recommender`
     folder:str|Path, # Where to write; made if needed, and a recommender that is there is replaced
-)->Path: # The folder; TypeError for ids that JSON cannot hold
+)->Path: # The folder; TypeError for ids that JSON cannot hold, ValueError for numbers that are not finite
     "Write `recommender.json` and `weights-<checksum>.safetensors`; processes that write to one folder take turns"
     rec,folder = as_recommender(learn),Path(folder)
     rec.model.check_settings()
