@@ -6,6 +6,8 @@
 __all__ = ['app', 'Part', 'movielens', 'Loss', 'train', 'recommend']
 
 # %% ../../nbs/collab_deep/cli/00_app.ipynb #c003
+import re
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +15,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from paddy_multi.core.commands import check_file, check_folder, echo, errors_in_a_line, new_app
+from paddy_multi.core.commands import check_file, check_folder, echo, errors_in_a_line, new_app, stop
 from paddy_multi.core.files import locked, written_together, written_whole
 
 # %% ../../nbs/collab_deep/cli/00_app.ipynb #c006
@@ -54,6 +56,32 @@ def movielens(
     echo(f'source: {path}')
     echo('licence: for research; cite Harper and Konstan (2015), https://doi.org/10.1145/2827872; '
                'no redistribution, and no commercial use without permission of GroupLens')
+
+# %% ../../nbs/collab_deep/cli/00_app.ipynb #a102
+_said = [
+    (r", as with ratings.*|(?<=leave them out) with ratings.*", ''),
+    (r"choose loss=(.+?), found .*", lambda found: 'choose --loss ' + found[1].replace("'", '')),
+    (r'\bthreshold is', '--relevant is'), (r'\bthe threshold at', '--relevant at'),
+    (r'\b(encoding|delimiter)=', r'--\1 '), (r'say decimal=.*? if they are text', 'write them with a point'),
+    (r'look at the labels and inputs of this batch, which are in .*?, or use', 'use'),
+    (r'use a lower learning rate than [-+.\w]*\w', 'scale the ratings, or choose another --loss'),
+    (r'collab_deep\.use\.save\.save_recommender has', 'collab-deep train has'),
+    (r'give its class, as in (load_recommender).*', r'read it in Python, where \1 takes its class'),
+    (r'\. For someone new, see fold_in$', '')]
+
+def _in_options(text):
+    "`text` in one line, with options where it speaks of arguments"
+    text = ' '.join(str(text).split())
+    for pattern,words in _said: text = re.sub(pattern, words, text)
+    return text
+
+@contextmanager
+def _speaking_options(*kinds):
+    "Errors of these `kinds` end the command with a line that speaks of options, and exit code 1"
+    try: yield
+    except kinds as e:
+        said = e.args[0] if isinstance(e, KeyError) and e.args else e
+        stop(f'Error: {_in_options(said) or type(e).__name__}')
 
 # %% ../../nbs/collab_deep/cli/00_app.ipynb #c017
 class Loss(str, Enum):
@@ -127,7 +155,7 @@ def train(
     """
     check_folder(out, ('recommender.json',), overwrite)
     from paddy_multi.core.tables import read_table  # here, since pandas takes a second
-    with errors_in_a_line(OSError, ValueError, TypeError):
+    with _speaking_options(OSError, ValueError, TypeError, FloatingPointError):
         df = read_table(ratings, delimiter, encoding)
         learn = _learner(df, item or ('title' if 'title' in df else 'item'), loss.value, factors, bs, seed)
         _rehearse(learn, out, relevant)
@@ -146,7 +174,7 @@ def recommend(
     "Print the items that a trained model recommends to a user."
     from collab_deep.lists.recommend import recommend as lists  # here, since torch takes a second
     from collab_deep.use.save import load_recommender
-    with errors_in_a_line(OSError, ValueError, KeyError):
+    with _speaking_options(OSError, ValueError, KeyError):
         rec = load_recommender(model)
         by_text = {str(o): o for o in rec.users[1:]}
         if len(by_text) < len(rec.users) - 1: raise ValueError(f'{model} has ids of users that are the same as text')

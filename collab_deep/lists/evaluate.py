@@ -7,6 +7,7 @@ __all__ = ['evaluate_ratings', 'ranking_metrics', 'evaluate_ranking']
 
 # %% ../../nbs/collab_deep/lists/05_evaluate.ipynb #c003
 import math
+from numbers import Real
 
 import pandas as pd
 import torch
@@ -62,8 +63,8 @@ def _errors(e):
 
 # %% ../../nbs/collab_deep/lists/05_evaluate.ipynb #c016
 def evaluate_ratings(
-    learn, # A learner, or a `Recommender`
-    ratings:pd.DataFrame=None, # Held-out ratings; the learner's validation part if not given
+    learn, # A learner, or a `Recommender`; many threads may read it
+    ratings:pd.DataFrame=None, # Held-out ratings, finite ones; the learner's validation part if not given
 )->pd.DataFrame: # `mse`, `rmse`, `mae`: `value`, `std_error`, and the value for the mean rating of training
     "How far predicted ratings are off; ids that training did not have count too"
     rec = as_recommender(learn)
@@ -108,6 +109,14 @@ def _relevant(rec, pairs, y, threshold):
     return table,table[0].diff() + n_new
 
 # %% ../../nbs/collab_deep/lists/05_evaluate.ipynb #c030
+def _check_threshold(rec, threshold):
+    "`ValueError` unless `threshold` is `None` or a finite number on the scale of the ratings"
+    if threshold is None: return
+    if rec.rating is None:
+        raise ValueError('interactions without ratings have no threshold: leave it out, and all are relevant')
+    if isinstance(threshold, Real) and math.isfinite(threshold): return
+    raise ValueError(f'threshold is a finite number on the scale of the ratings, found {threshold!r:.60}')
+
 def _check_users(users, y, threshold):
     "`ValueError` if there are no `users` with relevant items among held-out rows rated `y`"
     if len(users): return
@@ -141,15 +150,14 @@ def _measure(rec, users, k, relevant, n_relevant, score=None):
 
 # %% ../../nbs/collab_deep/lists/05_evaluate.ipynb #c038
 def evaluate_ranking(
-    learn, # A learner, or a `Recommender`
+    learn, # A learner, or a `Recommender`; many threads may read it
     k:int=10, # Length of the lists
-    threshold:float=None, # Held-out ratings of at least this are relevant; all if not given
-    ratings:pd.DataFrame=None, # Held-out ratings; the learner's validation part if not given
+    threshold:float=None, # Held-out ratings of at least this are relevant, a finite number; all if not given
+    ratings:pd.DataFrame=None, # Held-out ratings, finite ones; the learner's validation part if not given
 )->pd.DataFrame: # `precision`, `recall`, `ndcg`, `map`, `coverage`: `value`, its `std_error`, and that of `popularity`
     "How good lists of `k` are, beside lists of the most rated items; what a user has in training is left out"
     rec,k = as_recommender(learn),list_length(k)
-    if threshold is not None and rec.rating is None:
-        raise ValueError('interactions without ratings have no threshold: leave it out, and all are relevant')
+    _check_threshold(rec, threshold)
     pairs,y = _held_out(learn, rec, ratings, rated=threshold is not None)
     relevant,n_relevant = _relevant(rec, pairs, y, threshold)
     users = n_relevant.nonzero()[:,0]
