@@ -17,6 +17,7 @@ from ..lists.recommender import as_recommender
 from .explain import nearest_seen, plot_factors
 from paddy_multi.core.files import write_file
 from paddy_multi.core.html import heading, note, page_of, picture_of, table_of
+from paddy_multi.core.values import printable
 
 # %% ../../nbs/collab_deep/use/02_report.ipynb #c006
 def reasons(
@@ -65,7 +66,7 @@ def write_recommender_report(
              note('The most rated items, in the two directions in which their factors differ most.'),
              _factors_picture(rec),
              heading('Training'), _losses_picture(learn)]
-    return write_file(file, page_of('Recommendations', parts))
+    return write_file(file, printable(page_of('Recommendations', parts)))
 
 # %% ../../nbs/collab_deep/use/02_report.ipynb #r005
 write_report = write_recommender_report  # the name in 0.1
