@@ -125,7 +125,7 @@ class RatingsDataLoaders(DataLoaders):
     "Training and validation ratings for a fastai `Learner`; every training rating comes once an epoch"
     @classmethod
     def from_df(cls,
-        ratings:pd.DataFrame, # One rating or interaction a row
+        ratings:pd.DataFrame, # One interaction or finite rating a row; ids are text or whole numbers
         user_name:str=None, # Column of users; 'user' or the first column if not given
         item_name:str=None, # Column of items; 'item' or the second column if not given
         rating_name:str=None, # Column of ratings; 'rating' or the third column if not given

@@ -68,8 +68,8 @@ def _rows_of_items(rec, items):
 
 # %% ../../nbs/collab_deep/lists/03_fold_in.ipynb #c020
 def fold_in(
-    learn, # A learner, or a `Recommender`
-    ratings, # Ratings by item, as a dict, which a model that ranks refuses; or a list of items that were taken
+    learn, # A learner, or a `Recommender`; many threads may read it
+    ratings, # Finite ratings by item, as a dict, which a model that ranks refuses; or a list of items that were taken
     features:Tensor=None, # Features of the newcomer, for models that use them
     decay:float=10., # Penalty for leaving the average user
 )->Tensor: # Row for `model.scores_of`, [d]; KeyError for an item that training did not see

@@ -44,12 +44,12 @@ def _for_someone_new(rec, ratings, k, exclude_seen, allowed):
 
 # %% ../../nbs/collab_deep/lists/04_recommend.ipynb #c018
 def recommend(
-    learn, # A learner, or a `Recommender`
+    learn, # A learner, or a `Recommender`; many threads may read it
     users, # An id; a list, array or Series of them; or for someone new {item: rating}, or a set of items they took
     k:int=10, # Items for each user; fewer where fewer are left
     exclude_seen:bool=True, # Leave out what the user has rated in training?
     filter:Callable|Collection=None, # Which items may be recommended: a function of the id, or a collection of ids
-)->pd.DataFrame: # `item`, `score`, best first, after `user` for several; KeyError for ids that are not known
+)->pd.DataFrame: # `item`, `score`, best first, after `user` for several; KeyError for unknown ids, ValueError for NaN
     "The `k` items that `learn` scores highest for a user, or for each of several"
     rec,k = as_recommender(learn),list_length(k)
     allowed = _allowed(rec, filter)
@@ -75,10 +75,10 @@ def _predict_rows(rec, df):
 
 # %% ../../nbs/collab_deep/lists/04_recommend.ipynb #c030
 def predict_pairs(
-    learn, # A learner, or a `Recommender`
+    learn, # A learner, or a `Recommender`; many threads may read it
     users, # A user's id, or a DataFrame with the columns of users and items
     items=None, # An item's id; not with a DataFrame
-): # A number for one pair; a Series with the index of the DataFrame
+): # A number for one pair; a Series with the index of the DataFrame; ValueError for what is not finite
     "What `learn` predicts for a pair or each row; a new id counts as average, one of another type is refused"
     rec = as_recommender(learn)
     if isinstance(users, pd.DataFrame): return _predict_rows(rec, users)

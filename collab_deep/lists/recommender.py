@@ -156,7 +156,7 @@ def _from_collab_loaders(dls):
 # %% ../../nbs/collab_deep/lists/01_recommender.ipynb #c030
 def as_recommender(
     learn, # A learner of ours, of fastai's `collab_learner`, or a `Recommender`; TypeError for a model without `scores`
-)->Recommender: # With the model of `learn`, or a copy of it with the average rows where it has others
+)->Recommender: # With the model of `learn`, or a copy with the average rows where it has others; for threads
     "What is needed of `learn` to predict and to recommend"
     if isinstance(learn, Recommender): return learn
     model = learn.model if isinstance(learn.model, CollabModel) else _from_dot_bias(learn.model)

@@ -6,7 +6,6 @@
 __all__ = ['into_range', 'CollabModel']
 
 # %% ../../nbs/collab_deep/models/01_base.ipynb #c003
-import copy
 import inspect
 import math
 import warnings
@@ -74,12 +73,12 @@ def sharing(
     copied:bool=False, # Have parameters of its own?
 )->nn.Module: # In evaluation mode; to be read, not to be trained
     "A second `module` with the same parameters and buffers, which nothing that is done to it changes"
-    res = copy.copy(module)
-    res.training = False
     def of(p): return nn.Parameter(p.data.clone() if copied else p.data, requires_grad=False)
-    res._parameters = {name: None if p is None else of(p) for name,p in module._parameters.items()}
-    res._buffers = {name: None if o is None else o.data for name,o in module._buffers.items()}
-    res._modules = {name: None if o is None else sharing(o, copied) for name,o in module._modules.items()}
+    parts = dict(_parameters={name: None if p is None else of(p) for name,p in module._parameters.items()},
+                 _buffers={name: None if o is None else o.data for name,o in module._buffers.items()},
+                 _modules={name: None if o is None else sharing(o, copied) for name,o in module._modules.items()})
+    res = object.__new__(type(module))
+    vars(res).update(vars(module), training=False, **parts)
     return res
 
 # %% ../../nbs/collab_deep/models/01_base.ipynb #c020

@@ -54,7 +54,7 @@ def _nearest(rec, side, one, k, min_ratings):
                          'similarity': values.numpy(), 'ratings': counts[rows].tolist()})
 
 def similar_items(
-    learn, # A learner, or a `Recommender`
+    learn, # A learner, or a `Recommender`; many threads may read it
     item, # An item's id; KeyError if training did not have it
     k:int=10, # Items to list
     min_ratings:int=1, # Leave out items with fewer ratings in training
@@ -64,7 +64,7 @@ def similar_items(
 
 # %% ../../nbs/collab_deep/use/00_explain.ipynb #x003
 def similar_users(
-    learn, # A learner, or a `Recommender`
+    learn, # A learner, or a `Recommender`; many threads may read it
     user, # A user's id; KeyError if training did not have it
     k:int=10, # Users to list
     min_ratings:int=1, # Leave out users with fewer ratings in training
@@ -74,7 +74,7 @@ def similar_users(
 
 # %% ../../nbs/collab_deep/use/00_explain.ipynb #c015
 def item_bias(
-    learn, # A learner, or a `Recommender`; TypeError if its model has no biases
+    learn, # A learner, or a `Recommender`, which many threads may read; TypeError if its model has no biases
 )->pd.DataFrame: # `item`, `bias`, `ratings` in training; highest bias first
     "How good each item is for everyone"
     rec = as_recommender(learn)
@@ -141,7 +141,7 @@ def _parts(model, u, i):
 
 # %% ../../nbs/collab_deep/use/00_explain.ipynb #x011
 def explain(
-    learn, # A learner, or a `Recommender`; TypeError if its model is not a sum of parts
+    learn, # A learner, or a `Recommender`, which many threads may read; TypeError if its model is not a sum of parts
     user, # A user's id; KeyError if training did not have it
     item, # An item's id; KeyError if training did not have it
 )->pd.DataFrame: # `value` of each part, of their sum, and of the score
@@ -158,7 +158,7 @@ def explain(
 
 # %% ../../nbs/collab_deep/use/00_explain.ipynb #c029
 def nearest_seen(
-    learn, # A learner, or a `Recommender`
+    learn, # A learner, or a `Recommender`; many threads may read it
     user, # A user's id; KeyError if training did not have it
     item, # An item's id; KeyError if training did not have it
     k:int=5, # Items to list
