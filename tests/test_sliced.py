@@ -800,3 +800,17 @@ MORE_REFUSED = {
 def test_more_is_refused(text):
     with pytest.raises((TypeError, ValueError)) as e: MORE_REFUSED[text]()
     assert f'{e.type.__name__}: {e.value}'.startswith(text)
+
+
+def test_a_loss_that_learns_a_weight_of_its_own_has_no_class_weights():
+    "As ArcFace: the parameter may be negative, and its rows are no classes to be counted"
+    class Centres(nn.Module):
+        reduction = 'mean'
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(-torch.eye(3, 4))
+        def forward(self, p, t): return F.cross_entropy(p @ self.weight.T, t, reduction=self.reduction)
+    preds, y = torch.randn(5, 6), torch.tensor([0, 1, 2, 0, 1])
+    loss = combined_loss(face=(Centres(), 4), mood=(nn.CrossEntropyLoss(), 2))
+    expected = F.cross_entropy(-preds[:,:3], y) + F.cross_entropy(preds[:,4:], y.clamp(max=1))
+    assert loss(preds, y, y.clamp(max=1)).item() == pytest.approx(expected.item(), rel=1e-6)

@@ -108,7 +108,8 @@ def weights_of(
     found = dict(getattr(loss, 'keywords', {}))
     for o in (getattr(loss, 'func', None), loss):
         found |= {name: getattr(o, name) for name in ('weight', 'pos_weight') if getattr(o, name, None) is not None}
-    return {name: found[name] for name in ('weight', 'pos_weight') if isinstance(found.get(name), Tensor)}
+    def is_given(o): return isinstance(o, Tensor) and not isinstance(o, nn.Parameter)  # a loss may learn its own
+    return {name: found[name] for name in ('weight', 'pos_weight') if is_given(found.get(name))}
 
 def check_loss_weights(
     loss, # A loss function or object
