@@ -150,7 +150,10 @@ class RegressionTarget(ScaledTarget):
         self.scaling,self.range = scale,checked_range(range)
 
     log_var_factor = property(lambda self: 1. if torch_name(self.loss) in labels_of else .5)
-    def _limits(self): return self.range or labels_of.get(torch_name(self.loss), (-math.inf, math.inf))
+    def _limits(self):
+        anything = -math.inf,math.inf
+        return self.range or (anything if self.loss is None else labels_of.get(torch_name(self.loss), anything))
+
     def _number(self, o):
         number,(low,high) = super()._number(o),self._limits()
         if low <= number <= high: return number

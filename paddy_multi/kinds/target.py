@@ -6,6 +6,7 @@
 __all__ = ['Target', 'is_missing']
 
 # %% ../../nbs/paddy_multi/kinds/02_target.ipynb #c003
+import re
 import warnings
 from operator import itemgetter
 
@@ -162,7 +163,7 @@ class Target(TargetPredictions):
     def learned(self)->dict: # Text by name of attribute
         "What was declared and learned of the labels, beside how it is used"
         used = {'name', 'get', 'weight', 'loss', 'metrics', 'n_train', 'n_labels', 'out', 'cols'}
-        return {key: repr(value) for key, value in vars(self).items() if key not in used and not key.startswith('_')}
+        return {key: _text(value) for key, value in vars(self).items() if key not in used and not key.startswith('_')}
 
     def differs(self,
         other:'Target', # A fitted target
@@ -192,3 +193,9 @@ class Target(TargetPredictions):
         if not self.is_number: return None
         interp.plot_regression(self.name)
         return f'predicted against true {self.name}'
+
+def _text(value):
+    "What `value` is, in words that are the same in every process"
+    if isinstance(value, (set, frozenset)): value = sorted(value, key=repr)
+    if hasattr(value, 'tolist'): value = value.tolist()  # of a long tensor, `repr` shows some numbers only
+    return re.sub(' at 0x[0-9a-f]+', '', repr(value))
