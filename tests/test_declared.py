@@ -93,10 +93,13 @@ def test_a_class_that_reads_like_a_gap_is_warned_of(path, labels, tmp_path):
     shutil.copytree(path/'images', tmp_path/'images')
     words = labels.assign(disease=['None', 'blast', 'NA', 'rust']*20)
     words.to_csv(tmp_path/'labels.csv', index=False)
-    text = "disease: 'NA', 'None' read as a missing label: if it is a class, read the table with read_table"
+    text = "disease: 'NA', 'None' read as a missing label: if it is a class, read the table with keep_default_na"
     with pytest.warns(UserWarning, match=text):
         dls = MultiTargetDataLoaders.from_csv(tmp_path, folder='images', targets=['disease'], seed=1, bs=8)
     assert dls.targets.vocabs == dict(disease=['blast', 'rust'])
+    dls = MultiTargetDataLoaders.from_csv(tmp_path, folder='images', targets=['disease'], seed=1, bs=8,
+                                          keep_default_na=False, na_values=[''])
+    assert dls.targets.vocabs == dict(disease=['NA', 'None', 'blast', 'rust'])
     gaps = labels.assign(disease=['', 'blast', np.nan, 'rust']*20, remark='NA')  # no label column
     gaps.to_csv(tmp_path/'labels.csv', index=False)
     with warnings.catch_warnings():
@@ -201,6 +204,18 @@ def test_names_of_pictures_keep_their_zeros(path, labels, tmp_path):
     labels.assign(image=labels.image.str[:-4]).to_csv(tmp_path/'labels.csv', index=False)
     dls = MultiTargetDataLoaders.from_csv(tmp_path, folder='images', targets=['slant'], suff='.png', seed=1, bs=8)
     assert {o.name for o in [*dls.train_ds.items, *dls.valid_ds.items]} == set(labels.image)
+
+@pytest.mark.parametrize('tags, vocab', [(['1,2', '2', '3', '1'], ['1', '2', '3']), (['1', '2', '', '2'], ['1', '2'])])
+def test_tags_may_be_numbers_and_columns_of_any_text_stand_beside(path, labels, tmp_path, tags, vocab):
+    (tmp_path/'images').symlink_to(path/'images')
+    labels.assign(spots=tags*20, note=['1,000', '2', '3', '4']*20).to_csv(tmp_path/'labels.csv', index=False)
+    kind = MultiCategoryTarget(delim=',', empty='none')
+    for how in (dict(targets=pd.Index(['spots']), kinds=dict(spots=kind)),
+                dict(targets=Targets(spots=kind))):
+        with pytest.raises(ValueError, match="'note' holds numbers with a comma"):
+            MultiTargetDataLoaders.from_csv(tmp_path, folder='images', seed=1, bs=8, **how)
+        dls = MultiTargetDataLoaders.from_csv(tmp_path, folder='images', seed=1, bs=8, dtype={'note': str}, **how)
+        assert dls.targets.vocabs['spots'] == vocab
 
 
 # --- classes in balance -----------------------------------------------------------------------

@@ -17,7 +17,8 @@ from fastai.data.transforms import IndexSplitter, RandomSplitter
 from fastai.vision.core import PILImage
 from fastcore.basics import patch
 
-from ..core.tables import read_table
+from ..core.csv_files import file_kind
+from ..core.tables import read_options, read_table
 from ..core.values import first_few, is_missing
 from .balance import BalancedDL, balanced_weights, check_balance
 from .pictures import PictureBlock, picture_files, warn_of_turned
@@ -27,9 +28,13 @@ from ..targets.encoded import by_name
 from ..targets.table import TargetTable
 
 # %% ../../nbs/paddy_multi/data/07_loaders.ipynb #n005
+def _declared(targets):
+    "Declared or fitted targets by name; none for names of columns"
+    return {o: targets[o] for o in targets.names} if isinstance(targets, (Targets, TargetTable)) else {}
+
 def _check_table(df, fn_col, targets, kinds, valid_col, splitter):
     "`KeyError` or `ValueError` for arguments of `from_df` that do not go with the table `df`"
-    needed = [o for o in (fn_col, valid_col) if o is not None] + getattr(targets, 'names', [])
+    needed = [o for o in (fn_col, valid_col) if o is not None] + list(_declared(targets))
     missing = [o for o in needed if o not in df.columns]
     if missing: raise KeyError(f'no column {missing} in the table: it holds {list(df.columns)}')
     if targets is None:
@@ -109,12 +114,19 @@ def from_df(cls:MultiTargetDataLoaders,
 # %% ../../nbs/paddy_multi/data/07_loaders.ipynb #n014
 def _warn_of_words(df, text, targets):
     "Words of label columns that pandas has read as a missing value are warned of, since they may be classes"
-    names = getattr(targets, 'names', targets)
-    for col in df.columns.intersection([] if names is None else list(names)):
+    names = _declared(targets) or ([] if targets is None else targets)
+    for col in df.columns.intersection(list(names)):
         words = {o for o in text[col][df[col].isna()] if not is_missing(o)} - {'NaN', 'nan'}
         if not words: continue
         warnings.warn(f'{col}: {first_few(words)} read as a missing label: if it is a class, read the table with '
-                      'read_table(..., keep_default_na=False, na_values=[""]) and use from_df')
+                      'keep_default_na=False, na_values=[""]')
+
+def _types(dtype, targets, kinds):
+    "`dtype` of columns, tags being text even where they are numbers such as '1,2'"
+    if not (dtype is None or isinstance(dtype, dict)): return dtype
+    targets = {**(kinds or {}), **_declared(targets)}
+    tags = {name: str for name, t in targets.items() if getattr(t, 'delim', None) is not None}
+    return {**tags, **(dtype or {})}
 
 # %% ../../nbs/paddy_multi/data/07_loaders.ipynb #n016
 @patch(cls_method=True)
@@ -123,11 +135,14 @@ def from_csv(cls:MultiTargetDataLoaders,
     csv_fname:str='labels.csv', # Table in `path`
     delimiter:str=None, # Text between two columns; found by `read_table` if not given
     encoding:str=None, # Of the text; UTF-8 if not given
-    **kwargs, # Passed to `MultiTargetDataLoaders.from_df`
+    **kwargs, # Passed to `read_table`, such as `dtype`, or to `MultiTargetDataLoaders.from_df`
 )->'MultiTargetDataLoaders':
     "From a CSV or Parquet file, read by `read_table`, beside a folder of pictures"
-    read = partial(read_table, Path(path)/csv_fname, delimiter, encoding)
-    df = read()
+    file,how = Path(path)/csv_fname,{o: kwargs.pop(o) for o in read_options & kwargs.keys()}
+    if file_kind(file) != 'parquet':  # whose columns have types
+        how['dtype'] = _types(how.get('dtype'), kwargs.get('targets'), kwargs.get('kinds'))
+    read = partial(read_table, file, delimiter, encoding)
+    df = read(**how)
     if df.isna().any(axis=None): _warn_of_words(df, read(dtype=str, keep_default_na=False), kwargs.get('targets'))
     return cls.from_df(df, path=path, **kwargs)
 
