@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fastai.vision.all import (DataBlock, ImageBlock, PILImageBW, RandomSplitter, Resize, get_image_files,
+from fastai.vision.all import (DataBlock, ImageBlock, Learner, PILImageBW, RandomSplitter, Resize, get_image_files,
                                load_learner, parent_label)
 from PIL import Image
+from torch import nn
 
 from paddy_multi.all import (CategoryTarget, CountTarget, MultiCategoryTarget, MultiTargetDataLoaders, OrdinalTarget,
                              RegressionTarget, Targets, by_name, multi_target_learner, predict_named)
@@ -271,3 +272,23 @@ def test_a_suffix_that_is_added_to_names(path, df):
     short = df.assign(image=[o[:-4] for o in df.image])
     dls = load(path, short, ['colour'], suff='.png')
     assert dls.test_dl(short[:3], with_labels=True, bs=3).one_batch()[1][:,0].tolist() == [2, 1, 0]
+
+
+# --- fastai's own learner ------------------------------------------------------------------------------------------
+def test_a_plain_learner_refuses_data_that_another_table_encodes(path, df, old):
+    "Labels a thousand times as large would have the errors and predictions of the old ones, times nothing or 1000"
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, old.targets.n_out))
+    learn = Learner(old, model, metrics=old.targets.metrics())
+    files = get_image_files(path/'images')
+    with learn.no_bar(), learn.no_logging():
+        learn.validate()
+        predict_named(learn, files)
+        learn.dls = load(path, df.assign(age=df.age*1000), COLUMNS, kinds=KINDS)
+        with pytest.raises(ValueError, match='age: a metric was made for other targets than the data: mean'):
+            learn.validate()
+        with pytest.raises(ValueError, match='its data have other targets: age: mean'): predict_named(learn, files)
+        learn.dls = load(path, df.assign(age=df.age*1000), old.targets)
+        errors = dict(zip(learn.recorder.metric_names[2:-1], learn.validate()))
+        said = predict_named(learn, learn.dls.valid_ds.items).age
+    true = df.set_index('image').age[said.index]*1000
+    assert errors['age_mean_absolute_error'] == pytest.approx((said-true).abs().mean(), rel=1e-5)

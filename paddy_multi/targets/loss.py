@@ -175,18 +175,25 @@ def to(self:MultiTargetLoss,
 def check_same_targets(
     targets:list, # Fitted targets that are measured
     learn, # Learner that measures them
+    data=None, # Loader that the labels come from; those of the learner if not given
 ):
-    "`ValueError` where the learner's loss was made for others"
+    "`ValueError` where the learner's loss was made for others, or its data is encoded by others"
+    _check_like(targets, table_of(learn), 'loss', 'make metrics and loss of one table')
+    data = getattr(learn, 'dls', None) if data is None else data
+    _check_like(targets, getattr(data, 'targets', None), 'data', 'build its loaders with targets=old.targets')
+
+def table_of(learn): # `TargetTable`, None where the loss has none
+    "The targets that the loss of `learn` was made for"
     loss = getattr(learn, 'loss_func', None)
-    table = loss.table if isinstance(loss, MultiTargetLoss) else getattr(getattr(learn, 'dls', None), 'targets', None)
-    if table is None: return
-    theirs = {t.name: t for t in table}
-    for t in targets:
-        other = theirs.get(t.name)
-        if t is other: continue
-        what = t.differs(other) if other else f'none of {table.names}'
-        if what: raise ValueError(f'{t.name}: a metric was made for other targets than the loss: {what}; '
-                                  'make metrics and loss of one table')
+    return loss.table if isinstance(loss, MultiTargetLoss) else None
+
+def _check_like(targets, table, what, advice):
+    "`ValueError` unless each of `targets` is in `table`, that of the learner's `what`"
+    for t in targets if table is not None else ():
+        if t.name in table.names and t is table[t.name]: continue
+        differs = t.differs(table[t.name]) if t.name in table.names else f'none of {table.names}'
+        if differs: raise ValueError(f'{t.name}: a metric was made for other targets than the {what}: {differs}; '
+                                     f'{advice}')
 
 # %% ../../nbs/paddy_multi/targets/04_loss.ipynb #c036
 def learn_weights(

@@ -75,7 +75,7 @@ class TargetMetric(Metric):
         self.n_labels,self._checked = 0,False
 
     def accumulate(self, learn):
-        if not self._checked: check_same_targets([self.target], learn)
+        if not self._checked: check_same_targets([self.target], learn, getattr(learn, 'dl', None))
         self._checked = True
         preds,y = _labelled(self.target, learn)
         if not len(y): return
@@ -119,7 +119,7 @@ class SharedSums:
     ):
         "Add the batch, unless another metric has done so"
         if learn.pred is self._pred and who not in self._asked: return self._asked.add(who)
-        if self.totals is None: check_same_targets(self.targets, learn)
+        if self.totals is None: check_same_targets(self.targets, learn, getattr(learn, 'dl', None))
         self._pred,self._asked = learn.pred,{who}
         with torch.no_grad(): parts = self.parts(plain(learn.pred).float(), plain(learn.y))
         parts = in_double(torch.stack([*parts]))

@@ -16,6 +16,7 @@ from fastai.learner import Learner
 
 from ..core.tensors import plain, replaced
 from ..kinds.target import in_double
+from ..targets.loss import table_of
 
 # %% ../../nbs/paddy_multi/use/01_predict.ipynb #c007
 class NothingReadable(Exception): "No item can be read"
@@ -54,8 +55,11 @@ class ReadableDL(TfmdDL):
 def targets_of(
     learn, # Learner
 ): # `TargetTable`
-    "The fitted targets of a learner; `TypeError` without any"
+    "The fitted targets of a learner; `TypeError` without any, `ValueError` for others than those of its loss"
     table = getattr(learn.dls, 'targets', None)
+    if differ := table and (table_of(learn) or table).differs(table):
+        raise ValueError(f'the loss of the learner and its data have other targets: {differ}; build the loaders with '
+                         'targets=old.targets')
     if table is not None: return table
     raise TypeError('the learner has no declared targets: '
                     'build its data with Targets(...).block and Targets(...).get_y')
