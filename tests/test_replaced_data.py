@@ -2,13 +2,14 @@
 import pandas as pd
 import pytest
 import torch
-from fastai.vision.all import Resize, load_learner
+from fastai.vision.all import DataLoaders, Learner, Resize, load_learner
 
 from collab_deep.data.loaders import RatingsDataLoaders
 from collab_deep.train.learner import collab_deep_learner
 from paddy_multi.data.digits import sample_digits
 from paddy_multi.data.loaders import MultiTargetDataLoaders
 from paddy_multi.train.learner import multi_target_learner
+from paddy_multi.train.watch import CheckTargets
 
 
 # --- targets --------------------------------------------------------------------------------------------------------
@@ -95,9 +96,20 @@ def test_metrics_of_other_targets_are_refused_before_the_first_batch(df, path, n
     metrics = [o for o in other.metrics() if o.name in names]
     assert len(metrics) == len(names), [o.name for o in other.metrics()]
     learn = learner(dls, metrics=metrics)
-    with pytest.raises(ValueError, match='a metric was made for other targets than the loss'):
+    with pytest.raises(ValueError, match='a metric was made for other targets than'):
         quietly(learn, lambda o: o.fit(1))
     assert not hasattr(learn, 'iter')
+    for _ in range(2):  # a refusal leaves nothing locked behind
+        with pytest.raises(ValueError, match='a metric was made for other'): quietly(learn, lambda o: o.validate())
+
+
+def test_data_without_targets_is_refused_again_and_again(df, path):
+    "An error before validation must not leave the learner locked: the second call would wait for ever"
+    plain = Learner(DataLoaders(*([(torch.zeros(4, 3), torch.zeros(4, 1))] for _ in 'ab')), torch.nn.Linear(3, 1),
+                    torch.nn.MSELoss(), cbs=CheckTargets())
+    for take in [lambda o: o.fit(1), lambda o: o.validate()]*2:
+        with pytest.raises(TypeError, match='the data has no declared targets'): quietly(plain, take)
+    assert not plain.lock.locked()
 
 
 # --- recommenders ---------------------------------------------------------------------------------------------------

@@ -84,14 +84,20 @@ class CheckTargets(OwnEvents):
     ): self.table = table
 
     def before_fit(self):
-        if self.table is None: self.table = declared_targets(self.dls)
+        if self.learn.lock.locked(): return  # validation, which never unlocks the learner after an error here
         check_trackers(self.learn)
+        self._know_table()
+        check_data(self.table, declared_targets(self.dls))  # first, as it says more
         check_same_targets([*measured_targets(self.learn.metrics)], self.learn)
 
     def before_train(self): check_data(self.table, declared_targets(self.learn.dl))
     def before_validate(self):
         "Labels come from the loader at hand, and predictions are shown by the table of `dls`"
+        self._know_table()
         for o in (self.learn.dls, self.learn.dl): check_data(self.table, getattr(o, 'targets', None))
+
+    def _know_table(self):
+        if self.table is None: self.table = declared_targets(self.dls)
 
 # %% ../../nbs/paddy_multi/train/01_watch.ipynb #n017
 def check_batches(
