@@ -131,6 +131,10 @@ def test_train_refuses(trained, tmp_path):
     (tmp_path/'bad.csv').write_text('user,title,rating\n1,a,5\n2,b,\n')
     done = train(tmp_path/'bad.csv', tmp_path/'new')
     fails(done, 'Error: 1 values of rating are not finite')
+    done = train(folder/'r.csv', tmp_path/'new', '--relevant', 'nan')
+    fails(done, 'Error: --relevant is a finite number on the scale of the ratings, found nan')
+    (tmp_path/'none.csv').write_text('user,title,rating\n1,a,5\n2,,3\n')
+    fails(train(tmp_path/'none.csv', tmp_path/'new'), 'the first is row 1: leave them out\n')
     assert not (tmp_path/'new').exists()
 
 

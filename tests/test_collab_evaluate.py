@@ -125,6 +125,14 @@ def test_interactions_have_no_ratings():
     assert evaluate_ranking(rec, 2, ratings=held).value.recall == 1
 
 
+@pytest.mark.parametrize('odd', [float('nan'), float('inf'), '4'])
+def test_a_threshold_is_a_number(odd):
+    rec = recommender([(1, 1)], ['a', 'b'], ['x', 'y'])
+    held = pd.DataFrame(dict(user=['a', 'b'], title=['y', 'x'], rating=[4, 5]))
+    with pytest.raises(ValueError, match=f'threshold is a finite number .*, found {odd!r}'):
+        evaluate_ranking(rec, 1, odd, held)
+
+
 def test_columns_that_are_missing():
     rec = recommender([(1, 1)], ['a', 'b'], ['x', 'y'])
     for f in (evaluate_ranking, evaluate_ratings):

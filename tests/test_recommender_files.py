@@ -278,6 +278,7 @@ def test_a_small_file_asks_for_no_memory(saved, tmp_path, size):
     for file, data in files.items(): (tmp_path/file).write_bytes(data)
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', HUGE, tmp_path], capture_output=True, text=True)
     assert int(done.stdout) < 50, done.stderr  # MB
+    with pytest.raises(ValueError, match=f'{JSON}: the weights do not fit the settings'): load_recommender(tmp_path)
 
 
 # --- several at once -------------------------------------------------------------------------------------------------

@@ -49,8 +49,9 @@ def _held_out(learn, rec, df, rated=True):
 
 # %% ../../nbs/collab_deep/lists/05_evaluate.ipynb #c012
 def _mean_and_error(values):
-    "Mean of `values` and its standard error"
-    return values.mean().item(),(values.std()/math.sqrt(len(values))).item()
+    "Mean of `values` and its standard error, which one value alone does not have"
+    error = (values.std()/math.sqrt(len(values))).item() if len(values) > 1 else math.nan
+    return values.mean().item(),error
 
 def _errors(e):
     "MSE, RMSE and MAE of the errors `e`, with standard errors"
