@@ -17,15 +17,24 @@ from ..core.commands import check_folder, echo, refuse
 from ..core.files import locked, write_file, written_together
 
 # %% ../../nbs/paddy_multi/cli/01_accum.ipynb #n000
-def _check_arch(arch):
-    "`ValueError`, with similar names, for an architecture that timm does not know"
+def check_arch(
+    arch:str, # Name of a model of timm, as 'resnet18' or 'resnet18.a1_in1k'
+    pretrained:bool=False, # Are there to be weights for it?
+):
+    "`ValueError`, with similar names, for an architecture or a tag that timm does not know, or has no weights for"
     import timm
     from difflib import get_close_matches
-    known,name = timm.list_models(),arch.split('.')[0]
-    if arch in known or name in known: return
-    similar = ', '.join(get_close_matches(name, known, 3, .5)) or 'none'
-    raise ValueError(f'timm knows no architecture {arch!r}; similar: {similar}')
+    known,tagged = timm.list_models(),timm.list_models(include_tags=True)
+    if arch not in known and arch not in tagged:
+        name = arch.split('.')[0]
+        own = [o for o in tagged if name in known and o.startswith(f'{name}.')]
+        similar = ', '.join(own or get_close_matches(name, known, 3, .5)) or 'none'
+        raise ValueError(f'timm knows no architecture {arch!r}; similar: {similar}')
+    cfg = timm.get_pretrained_cfg(arch)  # None for a model of others
+    if pretrained and cfg and not cfg.has_weights:
+        raise ValueError(f'timm has no weights for {arch}: add --no-pretrained, or choose another --arch')
 
+# %% ../../nbs/paddy_multi/cli/01_accum.ipynb #117d0007
 def _takes_size(arch):
     "Whether the model is built for one size of pictures, as most transformers are"
     import timm
@@ -49,7 +58,7 @@ def _learner(arch, height, width, bs, n_out, opt, fp16):
     from fastai.learner import Learner
     from fastai.losses import CrossEntropyLossFlat
     from fastai.optimizer import Adam, OptimWrapper, SGD
-    _check_arch(arch)
+    check_arch(arch)
     dl = DataLoader([(torch.zeros(3, height, width), torch.tensor(0))], bs=1, num_workers=0)
     dl.bs = bs
     sized = dict(img_size=(height, width)) if _takes_size(arch) else {}
@@ -92,7 +101,7 @@ def accum_command(
     from paddy_multi.accumulate.memory import find_accumulation, parse_bytes, predict_memory
     check_folder(out, ('accum.json', 'accum.png'), overwrite)
     if opt not in ('adam', 'adamw', 'sgd'): refuse(f'expected adam, adamw or sgd, found {opt!r}', '--opt')
-    with speaking_options(OSError, ValueError, RuntimeError, MemoryError):
+    with speaking_options(OSError, ValueError, RuntimeError, MemoryError):  # of models too deep for the size, too
         parse_bytes(budget)
         parse_bytes(reserve, least=0)
         learn = _learner(arch, *_sides(size), bs, n_out, opt, fp16)

@@ -43,9 +43,7 @@ _said += [
     (r'look at the labels and inputs of this batch, which are in .*?, or use', 'use'),
     (r'use a lower learning rate than .*?(?=;|$)', 'start again with a lower --lr and --overwrite'),
     (r'start without resume', 'start again with --overwrite'),
-    (r'pretrained=False', '--no-pretrained'),
-    (r'give its body as nn\.Module.*', 'choose another --arch'),
-    (r'Unknown model \((.*?)\)$', r'Unknown model (\1): choose a name of timm as --arch')]
+    (r'pretrained=False', '--no-pretrained')]
 
 def in_options(
     text:str, # What an error or a warning says
@@ -68,3 +66,6 @@ def speaking_options(
         except kinds as e:
             said = e.args[0] if isinstance(e, KeyError) and e.args else e
             stop(f'Error: {in_options(said) or type(e).__name__}')
+        except RuntimeError as e:
+            if type(e).__name__ != 'OutOfMemoryError': raise  # torch's, which is not imported here
+            stop('Error: out of memory of the GPU: choose a smaller --bs, --size or --arch')

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from .accum import check_arch
 from .options import speaking_options
 from ..core.commands import check_folder, echo, refuse, stop
 from ..core.files import locked, write_file, written_together
@@ -102,6 +103,7 @@ def _learner(settings, folder):
     from fastai.vision.all import set_seed
     from paddy_multi.train.learner import multi_target_learner
     import paddy_multi.data.weights  # registers its architecture with timm
+    check_arch(settings['arch'], settings['pretrained'])
     _check_size(settings['arch'], settings['size'])
     set_seed(settings['seed'])
     dls = _loaders(settings, folder)
@@ -240,7 +242,7 @@ def train(
     own = {'context', 'out', 'raw', 'overwrite', 'resume', 'own'}
     given = {name: value for name, value in locals().items() if name not in own}
     said = [name for name in given if context.get_parameter_source(name).name == 'COMMANDLINE']
-    with speaking_options(OSError, LookupError, ValueError, TypeError, RuntimeError, ArithmeticError, MemoryError):
+    with speaking_options(OSError, KeyError, ValueError, FloatingPointError, MemoryError):
         _checkpoint(out, resume, overwrite)
         before = _stamps(out)
         try:
