@@ -46,6 +46,7 @@ class MicroBatch(Callback):
 @patch
 def before_fit(self:MicroBatch):
     "Refuse what cannot be split"
+    if self.learn.lock.locked(): return  # validation, which never unlocks the learner after an error here
     check_learner(self.learn, self)
     if self.whole_head: body_and_head(self.model)
     self._compared = self._warned = False
