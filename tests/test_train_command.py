@@ -195,3 +195,25 @@ def test_each_target_has_its_own_line(kaggle, tmp_path):
     assert done.returncode == 0, done.stderr
     assert re.search(r'age_group: age_group_error_rate [\d.]+ \(always saying the commonest', done.stdout)
     assert re.search(r'age: age_mean_absolute_error [\d.]+ \(always saying the mean', done.stdout)
+
+
+# --- a kill -----------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_a_run_that_was_killed_in_its_second_epoch_ends_as_one_that_was_not(kaggle, tmp_path):
+    "SIGKILL from outside: predictions and weights are those of a run that nothing stopped"
+    args = ['--data', kaggle, *SMALL, '--bs', 8, '--epochs', 3]
+    whole, out = tmp_path/'whole', tmp_path/'out'
+    assert train('--out', whole, *args).returncode == 0
+    process = subprocess.Popen([COMMAND, 'train', '--out', out, *map(str, args)], stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while not (out/'checkpoint.pth').exists():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and len(rows_of(out)) < 3 and not (out/'model.pkl').exists()
+    again = train('--resume', '--out', out)
+    assert again.returncode == 0, again.stderr
+    assert (out/'predictions.csv').read_bytes() == (whole/'predictions.csv').read_bytes()
+    kept, expected = (read_checkpoint(o/'checkpoint.pth') for o in (out, whole))
+    assert kept['rows'] == expected['rows'] and kept['model'].keys() == expected['model'].keys()
+    assert all(o.equal(expected['model'][name]) for name, o in kept['model'].items())
