@@ -58,8 +58,8 @@ def pinned(name):
 
 def test_every_requirement_has_a_lower_bound_and_the_oldest_environment_is_at_it():
     oldest = pinned('constraints-oldest.txt')
-    bounds = {name: bound for key in ('requirements', 'parquet_requirements', 'stratify_requirements', 'weights_requirements')
-              for name, bound in lower_bounds(key).items()}
+    keys = 'requirements', 'parquet_requirements', 'stratify_requirements', 'weights_requirements'
+    bounds = {name: bound for key in keys for name, bound in lower_bounds(key).items()}
     def same(found, bound): return found.split('.')[:bound.count('.')+1] == bound.split('.')
     assert len(bounds) >= 14
     assert {name: oldest[name] for name, bound in bounds.items() if not same(oldest[name], bound)} == {}
