@@ -91,6 +91,16 @@ def place_of(
 def _advice(learn):
     return f'use a lower learning rate than {learn.opt.hypers[-1]["lr"]:.3g}'
 
+def _cause(learn):
+    "What to look at first; running statistics are not asked, since the batch has just written them"
+    inputs = [o for o in learn.xb if torch.is_tensor(o) and o.is_floating_point()]
+    if not all(o.isfinite().all() for o in inputs):
+        return 'its inputs, which are in learn.xb, hold NaN or an infinity: look at the files and transforms of this batch'
+    weights = dict(learn.model.named_parameters()) if is_at_hand(learn.loss) else ()  # a GPU has taken the step
+    before = [name for name in broken_weights(learn.model) if name in weights]
+    if before: return f'weights such as {before[0]} were not finite before it: {_advice(learn)}'
+    return f'look at the labels and inputs of this batch, which are in learn.yb and learn.xb, or {_advice(learn)}'
+
 def _looks_for_a_rate(learn): return hasattr(learn, 'lr_finder')
 
 # %% ../../nbs/paddy_multi/core/08_finite.ipynb #n019
@@ -102,11 +112,8 @@ def _refuse_loss(self:CheckFinite):
     learn.opt.zero_grad()  # of chunks before; the next fit shall not begin with them
     with torch.no_grad(): losses = self.item_losses(learn.pred, *learn.yb) if self.item_losses else {}
     of = broken_losses(losses)
-    before = broken_weights(learn.model) if is_at_hand(learn.loss) else []
-    cause = (f'weights such as {before[0]} were not finite before it: {_advice(learn)}' if before else
-             f'look at the labels and inputs of this batch, which are in learn.yb and learn.xb, or {_advice(learn)}')
     raise FloatingPointError(f'the loss{f" of {of}" if of else ""} is {value_of(learn.loss)} in {place_of(learn)}; '
-                             f'{cause}')
+                             f'{_cause(learn)}')
 
 @patch
 def _refuse_weights(self:CheckFinite):
