@@ -6,7 +6,10 @@
 __all__ = ['RatingsVocab']
 
 # %% ../../nbs/collab_deep/data/02_table.ipynb #t003
+import math
+from decimal import Decimal
 from functools import cached_property
+from numbers import Real
 
 import numpy as np
 import pandas as pd
@@ -15,8 +18,8 @@ from fastai.data.transforms import CategoryMap
 from fastcore.basics import patch
 from torch import Tensor
 
-from paddy_multi.core.ids import UnknownIds
-from paddy_multi.core.values import largest
+from paddy_multi.core.ids import UnknownIds, one_spelling, how_to_spell
+from paddy_multi.core.values import is_missing, largest
 
 # %% ../../nbs/collab_deep/data/02_table.ipynb #t030
 def _check_columns(df, names, rating_is_given):
@@ -73,23 +76,49 @@ def _check_whole(name, values):
                                  f'it the right column? If so, convert it, as with ratings.astype({{{name!r}: str}})')
 
 def _check_text(name, ids):
-    "`ValueError` for ids that differ by spaces around them, and for the name of unknown ids"
+    "`ValueError` for ids that look the same and are two, and for the name of unknown ids"
     if '#na#' in ids: raise ValueError(f"{name} holds '#na#', which stands for ids that are not known: give it another")
     met = {}
     for o in ids:
-        if (other := met.setdefault(o.strip(), o)) == o: continue
-        raise ValueError(f'{name} holds {other!r} and {o!r}, which would be two: take the spaces off, '
-                         f'as with ratings[{name!r}].str.strip()')
+        if (other := met.setdefault(one_spelling(o), o)) == o: continue
+        raise ValueError(f'{name} holds {other!a} and {o!a}, which would be two: '
+                         + how_to_spell(o, other, f'ratings[{name!r}]'))
 
 # %% ../../nbs/collab_deep/data/02_table.ipynb #t013
+def _number(o):
+    "`o` as a float, NaN if it is missing; `None` if it says no real number"
+    try: return math.nan if is_missing(o) else None if isinstance(o, str) and '_' in o else float(o)
+    except OverflowError: return 1e300 if o > 0 else -1e300  # too large, as it is said elsewhere
+    except (TypeError, ValueError): return None
+
+def _values(ratings):
+    "Ratings as float64; `TypeError` for the first that is no number"
+    if pd.api.types.is_numeric_dtype(ratings) and not pd.api.types.is_complex_dtype(ratings):
+        return ratings.to_numpy(dtype=np.float64, na_value=np.nan)
+    values = [_number(o) for o in ratings]
+    if None not in values: return np.array(values)
+    row = values.index(None)
+    raise TypeError(f'{ratings.name} should hold numbers, found {ratings.iloc[row]!r:.60} in row {row}')
+
+# %% ../../nbs/collab_deep/data/02_table.ipynb #t042
+def _check_spread(name, values):
+    "`ValueError` for `values` of float64 that float32 can hardly tell apart"
+    low,high = values.min(),values.max()
+    least = 100*np.finfo(np.float32).eps*max(abs(low), abs(high))
+    if low == high or (spread := values.std()) >= least: return
+    raise ValueError(f'values of {name} from {low:.15g} to {high:.15g} have a spread of {spread:.3g}, and rounding to '
+                     f'float32 drowns what is below {least:.3g}: subtract a constant')
+
+# %% ../../nbs/collab_deep/data/02_table.ipynb #t045
 def _check_numbers(ratings):
-    "`TypeError` for ratings that are no numbers, `ValueError` for missing and infinite ones"
-    if not pd.api.types.is_numeric_dtype(ratings) or pd.api.types.is_complex_dtype(ratings):
-        raise TypeError(f'{ratings.name} should hold numbers, found {ratings.dtype}, as in {ratings.iloc[0]!r}')
-    values = ratings.to_numpy(dtype=np.float64, na_value=np.nan)
+    "`TypeError` for ratings that are no numbers, `ValueError` for missing, infinite and hardly different ones"
+    values = _values(ratings)
     _check_size(ratings, values)
+    text = next((o for o in ratings if isinstance(o, str)), None) if ratings.dtype.kind not in 'iufb' else None
+    if text is not None: raise TypeError(f'{ratings.name} should hold numbers, found text, as in {text!r:.60}: '
+                                         f'convert it, as with ratings.astype({{{ratings.name!r}: float}})')
     bad = ~np.isfinite(values)
-    if not bad.any(): return
+    if not bad.any(): return _check_spread(ratings.name, values)
     first = bad.argmax()
     raise ValueError(f'{bad.sum()} values of {ratings.name} are not finite, the first is {ratings.iloc[first]} '
                      f'in row {first}: leave them out, as with ratings[np.isfinite(ratings.{ratings.name})]')
@@ -135,8 +164,8 @@ class RatingsVocab:
     ):
         self.user,self.item,self.rating = user,item,rating
         self.classes = {name: _ids_of(df[name].iloc[rows]) for name in (user, item)}
-        values = df[rating].iloc[rows].to_numpy(np.float32) if rating else np.ones(1, np.float32)
-        self.mean = float(values.mean(dtype=np.float64))
+        values = _values(df[rating].iloc[rows]) if rating else np.ones(1)
+        self.mean = float(values.mean())
         self.y_min,self.y_max = float(values.min()),float(values.max())
 
     @cached_property

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/paddy_multi/core/10_ids.ipynb #n003
 import numbers
+import unicodedata
 
 import numpy as np
 
@@ -15,10 +16,28 @@ from .values import is_missing
 # %% ../../nbs/paddy_multi/core/10_ids.ipynb #n006
 def kind_of_id(
     o, # An id
-)->str: # 'text', 'a number', or the name of its type
+)->str: # 'text', 'a number', 'a bool', or the name of another type
     "What an id is, as far as equality goes"
     if isinstance(o, str): return 'text'
-    return 'a number' if isinstance(o, (numbers.Number, np.bool_)) else type(o).__name__
+    if isinstance(o, (bool, np.bool_)): return 'a bool'
+    return 'a number' if isinstance(o, numbers.Number) else type(o).__name__
+
+# %% ../../nbs/paddy_multi/core/10_ids.ipynb #n021
+def one_spelling(
+    o:str, # An id that is text
+)->str: # In the composed form of Unicode, without spaces around
+    "What two ids that look the same have in common"
+    return unicodedata.normalize('NFC', o.strip())
+
+def how_to_spell(
+    o:str, # An id
+    other:str, # One with the same spelling that is another
+    column:str, # Code for the column to mend
+)->str: # For a message
+    "How to make one of two ids that look the same"
+    if o.strip() == other.strip(): return f'take the spaces off, as with {column}.str.strip()'
+    form = 'NFC' if unicodedata.is_normalized('NFC', other) else 'NFD'
+    return f'write them in one form, as with {column}.str.normalize({form!r})'
 
 # %% ../../nbs/paddy_multi/core/10_ids.ipynb #n009
 class UnknownIds:
@@ -28,7 +47,7 @@ class UnknownIds:
         known, # Ids without one for those that are not known
     ):
         self.name,self.kinds = name,sorted({kind_of_id(o) for o in known})
-        self.stripped = {o.strip(): o for o in known if isinstance(o, str)}
+        self.spelled = {one_spelling(o): o for o in known if isinstance(o, str)}
 
     def why_not(self, o):
         "What is wrong with an unknown id, or None"
@@ -37,10 +56,9 @@ class UnknownIds:
         if kind not in self.kinds: return TypeError(
             f'{self.name} {o!r} is {kind}, and those in training are {" and ".join(self.kinds)}: convert it, '
             f'as with df.astype({{{self.name!r}: {"str" if self.kinds == ["text"] else "int"}}})')
-        near = self.stripped.get(o.strip()) if kind == 'text' else None
-        if near is not None: return ValueError(
-            f'{self.name} {o!r} is not in training, which has {near!r}: take the spaces off, '
-            f'as with df[{self.name!r}].str.strip()')
+        near = self.spelled.get(one_spelling(o)) if kind == 'text' else None
+        if near is not None: return ValueError(f'{self.name} {o!a} is not in training, which has {near!a}: '
+                                               + how_to_spell(o, near, f'df[{self.name!r}]'))
 
     def check(self,
         ids, # Ids that are not known
@@ -48,3 +66,9 @@ class UnknownIds:
         "`TypeError` or `ValueError` for the first of `ids` that is not simply new"
         for o in ids:
             if why := self.why_not(o): raise why
+
+    def check_bools(self,
+        ids, # Ids, known or not
+    ):
+        "`TypeError` for True and False where 1 and 0 are known, which they would be found as"
+        self.check(o for o in {type(o): o for o in ids}.values() if kind_of_id(o) == 'a bool')
