@@ -133,8 +133,7 @@ def _interrupted(out, before, resume):
 # %% ../../nbs/paddy_multi/cli/02_train.ipynb #n015
 def _summary(target, metric, labels, value):
     "The target's metric, beside what saying always the same would give"
-    labels = labels.dropna()
-    if labels.empty: return 'no validation item has a label'
+    if (labels := labels.dropna()).empty: return 'no validation item has a label'
     said,baseline = f'{metric} {value:{target.value_format}}',target.baseline(labels)
     return f'{said} ({baseline})' if baseline else said
 

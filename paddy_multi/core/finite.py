@@ -95,7 +95,8 @@ def _cause(learn):
     "What to look at first; running statistics are not asked, since the batch has just written them"
     inputs = [o for o in learn.xb if torch.is_tensor(o) and o.is_floating_point()]
     if not all(o.isfinite().all() for o in inputs):
-        return 'its inputs, which are in learn.xb, hold NaN or an infinity: look at the files and transforms of this batch'
+        return ('its inputs, which are in learn.xb, hold NaN or an infinity: '
+                'look at the files and transforms of this batch')
     weights = dict(learn.model.named_parameters()) if is_at_hand(learn.loss) else ()  # a GPU has taken the step
     before = [name for name in broken_weights(learn.model) if name in weights]
     if before: return f'weights such as {before[0]} were not finite before it: {_advice(learn)}'
