@@ -139,3 +139,13 @@ def test_columns_that_are_missing():
         message = re.escape("expected columns ['user', 'title'")
         with pytest.raises(ValueError, match=message): f(rec, ratings=pd.DataFrame(dict(film=['x'])))
         with pytest.raises(TypeError, match='a Recommender holds no ratings to evaluate it on'): f(rec)
+
+
+def test_a_large_mean_loses_no_digit():
+    rec = recommender([(1, 1)], ['a', 'b'], ['x', 'y'])
+    stars = np.array([1., 2, 5, 4])
+    for shift in (0, 1e8, 1.7e9):
+        shifted = Recommender(rec.model, rec.classes, 'rating', rec.seen, rec.item_counts, rec.user_counts, shift + 3.)
+        held = pd.DataFrame(dict(user=list('abab'), title=list('xxyy'), rating=stars + shift))
+        found = evaluate_ratings(shifted, held).training_mean
+        assert found.rmse == np.mean((stars - 3)**2)**.5 and found.mae == np.mean(abs(stars - 3))

@@ -221,3 +221,15 @@ def test_csv(df, tmp_path):
 ])
 def test_refused(df, change, error, text):
     with pytest.raises(error, match=text): loaders(change(df))
+
+
+@pytest.mark.parametrize('shift, is_refused', [(0, False), (1e4, False), (1e8, True), (1.7e9, True), (-1e8, True)])
+def test_ratings_that_float32_cannot_tell_apart(shift, is_refused):
+    from decimal import Decimal
+    stars = np.tile([1., 2, 3, 4, 5], 8) + shift
+    rows = pd.DataFrame(dict(user=np.arange(40) % 7, item=np.arange(40) % 9, rating=stars))
+    for df in (rows, rows.assign(rating=[Decimal(o) for o in stars])):
+        if is_refused:
+            with pytest.raises(ValueError, match='have a spread of 1.41, .*: subtract a constant'):
+                RatingsDataLoaders.from_df(df)
+        else: assert RatingsDataLoaders.from_df(df, valid_pct=0).mean == stars.mean()

@@ -20,12 +20,18 @@ from .top import list_length, top_lists
 from paddy_multi.core.values import largest
 
 # %% ../../nbs/collab_deep/lists/05_evaluate.ipynb #c007
+def _as_given(ratings):
+    "A column as float32 if that is what it holds, else as float64: no digit is lost; TypeError for no numbers"
+    kind = 'float32' if str(ratings.dtype).lower() == 'float32' else 'float64'
+    try: return torch.tensor(ratings.to_numpy(kind, na_value=math.nan))
+    except (TypeError, ValueError) as e: raise TypeError(f'ratings to evaluate on are numbers: {e}') from None
+
 def _ratings_of(rec, df, rated):
     "Rows of pairs [n, 2] and ratings [n] of a DataFrame; all ratings are 1 unless `rated`"
     columns = [rec.user, rec.item] + [rec.rating]*rated
     missing = [o for o in columns if o not in df]
     if missing: raise ValueError(f'expected columns {missing}, found {list(df.columns)}')
-    y = torch.tensor(df[rec.rating].to_numpy('float32')) if rated else torch.ones(len(df))
+    y = _as_given(df[rec.rating]) if rated else torch.ones(len(df))
     bad = ~(y.abs() <= largest)
     if bad.any():
         first = int(bad.int().argmax())
@@ -40,8 +46,7 @@ def _held_out_of(learn):
         raise TypeError('a Recommender holds no ratings to evaluate it on: give held-out ones as a DataFrame')
     if hasattr(learn.dls, 'ratings_of'): return learn.dls.ratings_of('valid')
     data,columns = learn.dls.valid.dataset,list(learn.dls.classes)  # fastai's
-    pairs,y = data.items[columns].to_numpy('int64'),data.ys.to_numpy('float32')[:,0]
-    return torch.tensor(pairs),torch.tensor(y)
+    return torch.tensor(data.items[columns].to_numpy('int64')),_as_given(data.ys.iloc[:,0])
 
 def _held_out(learn, rec, df, rated=True):
     "What to evaluate on: the rows of `df`, or without it the validation part of `learn`"
@@ -78,7 +83,7 @@ def evaluate_ratings(
     pairs,y = _held_out(learn, rec, ratings)
     if not len(y): raise ValueError('expected held-out ratings to evaluate on, found none')
     model = _errors(pair_scores(rec, pairs).double() - y.double())
-    constant = _errors(torch.full_like(y, rec.mean).double() - y.double())
+    constant = _errors(rec.mean - y.double())
     return model.assign(training_mean=constant.value)
 
 # %% ../../nbs/collab_deep/lists/05_evaluate.ipynb #c022
@@ -110,13 +115,20 @@ def _relevant(rec, pairs, y, threshold):
     return table,table[0].diff() + n_new
 
 # %% ../../nbs/collab_deep/lists/05_evaluate.ipynb #c030
+def check_threshold(
+    threshold, # What was given as a threshold
+):
+    "`ValueError` unless `threshold` is `None` or a finite number"
+    if threshold is None: return
+    if isinstance(threshold, Real) and not isinstance(threshold, bool) and math.isfinite(threshold): return
+    raise ValueError(f'threshold is a finite number on the scale of the ratings, found {threshold!r:.60}')
+
+# %% ../../nbs/collab_deep/lists/05_evaluate.ipynb #c130
 def _check_threshold(rec, threshold):
     "`ValueError` unless `threshold` is `None` or a finite number on the scale of the ratings"
-    if threshold is None: return
-    if rec.rating is None:
+    check_threshold(threshold)
+    if threshold is not None and rec.rating is None:
         raise ValueError('interactions without ratings have no threshold: leave it out, and all are relevant')
-    if isinstance(threshold, Real) and math.isfinite(threshold): return
-    raise ValueError(f'threshold is a finite number on the scale of the ratings, found {threshold!r:.60}')
 
 def _check_users(users, y, threshold):
     "`ValueError` if there are no `users` with relevant items among held-out rows rated `y`"

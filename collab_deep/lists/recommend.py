@@ -7,7 +7,7 @@ __all__ = ['recommend', 'predict_pairs']
 
 # %% ../../nbs/collab_deep/lists/04_recommend.ipynb #c003
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import replace
 
 import pandas as pd
@@ -83,6 +83,9 @@ def predict_pairs(
     rec = as_recommender(learn)
     if isinstance(users, pd.DataFrame): return _predict_rows(rec, users)
     if items is None: raise TypeError(f'expected a user and an item, or a DataFrame; found only {users!r:.60}')
+    for o in (users, items):
+        if not isinstance(o, Hashable):
+            raise TypeError(f'give a DataFrame, or one user and one item; found {type(o).__name__}: {o!r:.60}')
     return float(pair_scores(rec, rec.encode([users], [items]))[0])
 
 # %% ../../nbs/collab_deep/lists/04_recommend.ipynb #c034

@@ -7,7 +7,7 @@ __all__ = ['Recommender', 'as_recommender', 'scoring', 'pair_scores']
 
 # %% ../../nbs/collab_deep/lists/01_recommender.ipynb #c003
 import difflib
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -68,6 +68,12 @@ def __repr__(self:Recommender):
             f'{self.user}: {n_users:,}, {self.item}: {n_items:,}')
 
 # %% ../../nbs/collab_deep/lists/01_recommender.ipynb #c014
+def _check_shape(name, ids, unknown):
+    "`TypeError` for a list where one id belongs, and for True where ids are numbers"
+    odd = next((o for o in ids if not isinstance(o, Hashable)), None)
+    if odd is not None: raise TypeError(f'expected an id of {name}, found {type(odd).__name__}: {odd!r:.60}')
+    unknown.check_bools(ids)
+
 @patch
 def encode(self:Recommender,
     users:Iterable, # Ids of users
@@ -80,6 +86,7 @@ def encode(self:Recommender,
 def _rows_of(self:Recommender, side, ids):
     "Rows of `ids`, of users on side 0 and of items on side 1"
     rows = self.rows[side]
+    _check_shape(list(self.classes)[side], ids, self.unknown[side])
     found = [rows.get(o, 0) for o in ids]
     if not all(found): self.unknown[side].check(o for o,row in zip(ids, found) if not row)
     return torch.tensor(found, dtype=torch.int64)
@@ -92,8 +99,10 @@ def known(self:Recommender,
 )->Tensor: # Their indices, long [n]
     "Indices of `ids`; KeyError for the first that training did not have"
     index = self.index[name]
+    unknown = self.unknown[name == self.item]
+    _check_shape(name, ids, unknown)
     for o in ids:
-        if o not in index: raise KeyError(_unknown(name, o, index, self.unknown[name == self.item]))
+        if o not in index: raise KeyError(_unknown(name, o, index, unknown))
     return torch.tensor([index[o] for o in ids], dtype=torch.int64)
 
 def _unknown(name, found, index, unknown):
@@ -150,7 +159,7 @@ def _from_collab_loaders(dls):
     users,items = torch.tensor(data.items[[user, item]].to_numpy('int64')).T
     seen = csr_from_keys(torch.unique(users*n_items + items), n_users, n_items)
     counts = dict(item_counts=items.bincount(minlength=n_items), user_counts=users.bincount(minlength=n_users))
-    mean = float(data.ys.mean().iloc[0])
+    mean = float(data.ys.to_numpy('float64').mean())
     return dict(classes=classes, rating=data.y_names[0], seen=seen, mean=mean, **counts)
 
 # %% ../../nbs/collab_deep/lists/01_recommender.ipynb #c030
