@@ -10,16 +10,22 @@ from fastai.callback.core import CancelFitException
 from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Metric
 
-from ..lists.evaluate import evaluate_ranking
+from ..lists.evaluate import check_threshold, evaluate_ranking
+from ..lists.top import list_length
 
 # %% ../../nbs/collab_deep/train/03_stopping.ipynb #c006
+_measures = ['precision', 'recall', 'ndcg', 'map', 'coverage']
+
 class RankingMetric(Metric):
     "A measure of the lists of `k`, as `evaluate_ranking` gives it, after each epoch"
     def __init__(self,
         measure:str='ndcg', # 'precision', 'recall', 'ndcg', 'map' or 'coverage'
         k:int=10, # Length of the lists
         threshold:float=None, # Held-out ratings of at least this are relevant; all if not given
-    ): self.measure,self.k,self.threshold = measure,k,threshold
+    ):
+        if measure not in _measures: raise ValueError(f'measure is one of {_measures}, found {measure!r:.60}')
+        check_threshold(threshold)
+        self.measure,self.k,self.threshold = measure,list_length(k),threshold
 
     def reset(self): self.learn = None
     def accumulate(self, learn): self.learn = learn
