@@ -148,3 +148,17 @@ def test_train_refuses_before_it_trains(trained, tmp_path):
     fails(train(tmp_path/'tiny.csv', 'new'), 'found 0 held-out rows')
     refused(train(folder/'r.csv', 'tiny.csv/new'), 'tiny.csv is a file: name a folder')
     assert not (tmp_path/'new').exists()
+
+
+def test_train_refuses_ids_that_cannot_be_saved(trained, tmp_path):
+    pytest.importorskip('pyarrow')
+    df = pd.read_csv(trained[1]/'r.csv')
+    df.assign(user=pd.Timestamp('2026-01-01') + pd.to_timedelta(df.user, 'D')).to_parquet(tmp_path/'r.parquet')
+    done = run(COMMAND, 'train', '--ratings', tmp_path/'r.parquet', '--out', tmp_path/'new', '--epochs', 99999, timeout=60)
+    fails(done, 'JSON keeps numbers and text, so convert the column in the file')
+    assert not (tmp_path/'new').exists()
+
+
+def test_recommend_to_a_number_that_is_unknown(trained):
+    done = run(COMMAND, 'recommend', '--model', trained[1]/'model', '--user', 9999)
+    fails(done, "Error: user '9999' is not among the 30 in training; the nearest are 9\n")

@@ -59,10 +59,14 @@ def movielens(
 
 # %% ../../nbs/collab_deep/cli/00_app.ipynb #a102
 _said = [
-    (r", as with ratings.*|(?<=leave them out) with ratings.*", ''),
+    (r", as with (ratings|df|dropna).*|(?<=leave them out) with ratings.*", ''),
     (r"choose loss=(.+?), found .*", lambda found: 'choose --loss ' + found[1].replace("'", '')),
     (r'\bthreshold is', '--relevant is'), (r'\bthe threshold at', '--relevant at'),
-    (r'\b(encoding|delimiter)=', r'--\1 '), (r'say decimal=.*? if they are text', 'write them with a point'),
+    (r"\b(encoding|delimiter)='(\S+)'", r'--\1 \2'), (r'\b(encoding|delimiter)=', r'--\1 '),
+    (r'name them with user_name, item_name, rating_name', 'name another with --item'),
+    (r'so convert the column before training', 'so convert the column in the file'),
+    (r"\. (?:(?!\. ).)* is text, and those in training are .*|\. a row has no .*", ''),
+    (r'say decimal=.*? if they are text', 'write them with a point'),
     (r'look at the labels and inputs of this batch, which are in .*?, or use', 'use'),
     (r'use a lower learning rate than [-+.\w]*\w', 'scale the ratings, or choose another --loss'),
     (r'collab_deep\.use\.save\.save_recommender has', 'collab-deep train has'),
@@ -104,7 +108,10 @@ def _learner(df, item, loss, factors, bs, seed):
 def _rehearse(learn, out, relevant):
     "What would fail after training fails before it: lists that cannot be measured, a folder that cannot be made"
     from collab_deep.lists.evaluate import evaluate_ranking
+    from collab_deep.lists.recommender import as_recommender
+    from collab_deep.use.save import check_ids
     evaluate_ranking(learn, 10, relevant)
+    check_ids(as_recommender(learn))
     out.mkdir(parents=True, exist_ok=True)
 
 # %% ../../nbs/collab_deep/cli/00_app.ipynb #a009

@@ -29,16 +29,23 @@ def _tensors(rec):
                 item_counts=rec.item_counts.long(), user_counts=rec.user_counts.long())
     return state | {f'data.{name}': o.cpu().contiguous() for name,o in data.items()}
 
-# %% ../../nbs/collab_deep/use/01_save.ipynb #s006
-_format,_version = 'collab_deep recommender',2
-
-def _description(rec):
-    "All of `rec` that is not numbers in bulk"
+# %% ../../nbs/collab_deep/use/01_save.ipynb #s005
+def check_ids(
+    rec:Recommender, # Trained or not
+):
+    "`TypeError` for ids that JSON cannot hold"
     for name,ids in rec.classes.items():
         odd = [o for o in ids if type(o) not in (int, str, float, bool)]
         if odd:
             raise TypeError(f'{name} holds the id {odd[0]!r}, a {type(odd[0]).__name__}: '
                             'JSON keeps numbers and text, so convert the column before training')
+
+# %% ../../nbs/collab_deep/use/01_save.ipynb #s006
+_format,_version = 'collab_deep recommender',2
+
+def _description(rec):
+    "All of `rec` that is not numbers in bulk"
+    check_ids(rec)
     model = dict(name=type(rec.model).__name__, settings=rec.model.settings)
     user,item = (dict(column=name, ids=list(ids)) for name,ids in rec.classes.items())
     return dict(format=_format, version=_version, written_by=__version__, model=model, user=user, item=item,
