@@ -154,7 +154,8 @@ def test_train_refuses_ids_that_cannot_be_saved(trained, tmp_path):
     pytest.importorskip('pyarrow')
     df = pd.read_csv(trained[1]/'r.csv')
     df.assign(user=pd.Timestamp('2026-01-01') + pd.to_timedelta(df.user, 'D')).to_parquet(tmp_path/'r.parquet')
-    done = run(COMMAND, 'train', '--ratings', tmp_path/'r.parquet', '--out', tmp_path/'new', '--epochs', 99999, timeout=60)
+    done = run(COMMAND, 'train', '--ratings', tmp_path/'r.parquet', '--out', tmp_path/'new', '--epochs', 99999,
+               timeout=60)
     fails(done, 'JSON keeps numbers and text, so convert the column in the file')
     assert not (tmp_path/'new').exists()
 
