@@ -72,9 +72,10 @@ def step_variants(make):
 def cases(quick):
     bs, size = (4, 32) if quick else (64, 64)
     makes = {f'{ARCH}, {size} px, batches of {bs}': (partial(pictures, bs, size), 8),
-             'ratings, batches of 64': (partial(ratings, 64), 96), 'ratings, batches of 512': (partial(ratings, 512), 96)}
+             'ratings, batches of 64': (partial(ratings, 64), 96),
+             'ratings, batches of 512': (partial(ratings, 512), 96)}
     parts = dict(events=event_variants, weights=weights_variants, step=step_variants)
-    return [Case(name, partial(variants, make), dict(learner=what), rounds=rounds if name == "step" else 48)
+    return [Case(name, partial(variants, make), dict(learner=what), rounds=rounds if name == 'step' else 48)
             for what, (make, rounds) in makes.items() for name, variants in parts.items()]
 
 def findings(result):

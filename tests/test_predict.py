@@ -100,6 +100,16 @@ def test_a_fault_of_the_model_is_not_taken_for_a_broken_file(files, labels):
     with pytest.raises(RuntimeError, match='out of memory'): predict_named(learn, files[:3])
     assert learn.loss_func is loss
 
+def test_an_output_that_is_not_finite_is_no_prediction(files, labels, learn):
+    "A model whose training diverged answers nothing, and an ensemble with it says so"
+    lost = learner(files, declare(labels))
+    with torch.no_grad(): next(lost.model.parameters()).fill_(float('nan'))
+    for found in (predict_named(lost, files[:3]), ensemble([learn, lost], files[:3])):
+        assert found.drop(columns="error").isna().all(axis=None)
+        assert found.error.str.contains('the output holds NaN or an infinity').all()
+    assert predict_named(learn, files[:3]).error.isna().all()
+
+
 def test_stopping_by_hand_is_not_taken_for_a_broken_file(files, labels):
     class Stop(Transform):
         def encodes(self, o:PILImageBW): raise KeyboardInterrupt

@@ -29,7 +29,7 @@ def _tensors(rec):
                 item_counts=rec.item_counts.long(), user_counts=rec.user_counts.long())
     return state | {f'data.{name}': o.cpu().contiguous() for name,o in data.items()}
 
-# %% ../../nbs/collab_deep/use/01_save.ipynb #s005
+# %% ../../nbs/collab_deep/use/01_save.ipynb #cbb7fd87
 def check_ids(
     rec:Recommender, # Trained or not
 ):

@@ -93,9 +93,12 @@ def folder_dls(
     "Data loaders for the label columns of a folder; `KeyError` or `ValueError` for columns that are not there"
     table = find_table(folder)
     stem = table.partition('.')[0]
-    words = {} if table.endswith('.parquet') else dict(keep_default_na=False, na_values=['', 'NaN', 'nan', *missing])
+    parsed = parse_targets(targets or _usual[stem])
+    tags = {name: str for name, kind in parsed.items() if kind == MultiCategoryTarget.kind}
+    words = dict(keep_default_na=False, na_values=['', 'NaN', 'nan', *missing], dtype=tags)
+    if table.endswith('.parquet'): words = {}
     df = read_table(Path(folder)/table, delimiter, encoding, **words)
-    columns = _checked_columns(df, parse_targets(targets or _usual[stem]), given=targets is not None)
+    columns = _checked_columns(df, parsed, given=targets is not None)
     if without:
         files = match_files(df.iloc[:,0].astype(str), Path(folder)/_layouts[stem])
         df = df[~pd.Series(files, index=df.index).isin(without)].reset_index(drop=True)

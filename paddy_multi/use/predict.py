@@ -92,7 +92,7 @@ def activations_of(
     bs:int=None, # Batch size, that of the learner by default
     **kwargs, # Passed to `test_dl`
 )->tuple: # Activations `[n, n_out]` in float64, and for each item a text or None
-    "Run `learn` over `items`; those that cannot be read get zeros and an error"
+    "Run `learn` over `items`; those that cannot be read, or whose output is not finite, get zeros and an error"
     table = targets_of(learn)
     if bs is not None: kwargs['bs'] = bs
     dl = learn.dls.test_dl(items, cls=ReadableDL, shuffle=False, drop_last=False, **kwargs)
@@ -101,7 +101,11 @@ def activations_of(
         with learn.no_logging(), replaced(learn, 'loss_func', table.loss()):
             acts = learn.tta(dl=dl, n=tta)[0] if tta else learn.get_preds(dl=dl)[0]
     except NothingReadable: acts = torch.zeros(len(items), table.n_out)
-    return in_double(plain(acts)),[dl.error(i) for i in range(len(items))]
+    finite = acts.isfinite().all(1).tolist()
+    errors = [dl.error(i) or (None if ok else _not_finite) for i, ok in enumerate(finite)]
+    return in_double(plain(acts)).where(plain(acts).isfinite(), 0.),errors
+
+_not_finite = 'the output holds NaN or an infinity: look for it in the weights of the model, and in this item'
 
 def frame_of(
     table, # Fitted targets
