@@ -479,6 +479,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'paddy_multi/core/tables.py')},
             'paddy_multi.core.tensors': { 'paddy_multi.core.tensors.kept_buffers': ( 'paddy_multi/core/tensors.html#kept_buffers',
                                                                                      'paddy_multi/core/tensors.py'),
+                                          'paddy_multi.core.tensors.leave_autocast': ( 'paddy_multi/core/tensors.html#leave_autocast',
+                                                                                       'paddy_multi/core/tensors.py'),
                                           'paddy_multi.core.tensors.like_labels': ( 'paddy_multi/core/tensors.html#like_labels',
                                                                                     'paddy_multi/core/tensors.py'),
                                           'paddy_multi.core.tensors.plain': ( 'paddy_multi/core/tensors.html#plain',
