@@ -28,11 +28,15 @@ from .data.balance import *
 from .data.loaders import *
 from .accumulate.chunks import *
 from .accumulate.batches import *
+from .accumulate.outputs import *
 from .accumulate.whole_head import *
 from .accumulate.microbatch import *
+from .accumulate.cuda_kernels import *
+from .accumulate.backward import *
 from .accumulate.tracing import *
 from .accumulate.steps import *
 from .accumulate.memory import *
+from .accumulate.checkpointing import *
 from .accumulate.processes import *
 from .accumulate.case import *
 from .accumulate.benchmark import *
