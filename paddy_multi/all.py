@@ -11,6 +11,7 @@ from .kinds.regression import *
 from .kinds.ordinal import *
 from .kinds.count import *
 from .kinds.columns import *
+from .kinds.groups import *
 from .targets.slices import *
 from .targets.sliced_metrics import *
 from .targets.table import *
@@ -28,6 +29,7 @@ from .data.balance import *
 from .data.loaders import *
 from .accumulate.chunks import *
 from .accumulate.batches import *
+from .accumulate.coupling import *
 from .accumulate.outputs import *
 from .accumulate.whole_head import *
 from .accumulate.microbatch import *
