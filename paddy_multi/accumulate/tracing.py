@@ -5,43 +5,50 @@
 # %% auto #0
 __all__ = ['CountTensors']
 
-# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #c003
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n003
 import math
 import warnings
 import weakref
-from contextlib import ExitStack
+from collections.abc import Mapping
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from fastai.callback.fp16 import MixedPrecision
-from fastai.losses import BaseLoss
-from fastai.torch_core import apply, no_random
+from fastai.callback.rnn import ModelResetter
+from fastai.torch_core import no_random, to_float
 from fastcore.basics import patch
+from fastcore.foundation import L
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #c007
+from .backward import Kept, backward
+from .cuda_kernels import (
+    Answers, CopyToFake, CudaAutocast, CudaKernels, autocast_anywhere, fake_like, kept_plain)
+from .microbatch import MicroBatch
+
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n007
 class CountTensors(TorchDispatchMode):
     "Live bytes of the tensors that are made inside; `line` has them after every one, `peak` is the most"
     def __init__(self):
         super().__init__()
         self.live,self.peak,self.line = 0,0,[]
-        self.in_update,self._storages = False,{}
+        self.place,self._storages = '',{}
 
     def add(self,
         tensors, # Tensors that are there already: one, or any lists and dicts of them
     ):
         "Count `tensors`, those that share their memory once"
         for t in tree_leaves(tensors):
-            if isinstance(t, Tensor): self._add_storage(t.untyped_storage())
+            if not isinstance(t, Tensor): continue
+            for part in (t._indices(), t._values()) if t.is_sparse else (t,): self._add_storage(part.untyped_storage())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        # An optimizer asks which step it is, and a fake tensor does not know
-        if self.in_update and func is torch.ops.aten._local_scalar_dense.default: return 1.
         out = func(*args, **(kwargs or {}))
         self.add(out)
         return out
@@ -55,12 +62,26 @@ def _add_storage(self:CountTensors, storage):
     def gone(_):
         self._storages.pop(key, None)
         self.live -= n
-    self._storages[key] = weakref.ref(storage, gone)
+    self._storages[key] = weakref.ref(storage, gone),n,self.place
     self.live += n
     self.peak = max(self.peak, self.live)
     self.line.append(self.live)
 
-# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #c010
+@patch
+def by_place(self:CountTensors)->dict: # Live bytes
+    "What is alive, by the `place` that was set when it was made"
+    res = {}
+    for _,n,place in self._storages.values(): res[place] = res.get(place, 0)+n
+    return res
+
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n010
+def _precision(learn, device):
+    "The type that autocast computes in, None without; fastai's mixed precision does nothing on a CPU"
+    cb = next(iter(learn._grab_cbs(MixedPrecision)), None)
+    if cb is None or device == 'cpu': return None
+    return dict(fp16=torch.float16, bf16=torch.bfloat16)[cb.amp_mode.value]
+
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n013
 _in_float32 = {
     'layer_norm', 'group_norm', 'batch_norm_stats', 'normalize', 'norm', 'linalg_vector_norm', 'cosine_similarity',
     'softmax', 'log_softmax', 'softplus', 'exp', 'log', 'pow', 'rsqrt', 'sum', 'prod', 'cumsum',
@@ -69,58 +90,36 @@ _in_float32 = {
 def _to_float32(o):
     return o.float() if isinstance(o, Tensor) and o.dtype in (torch.float16, torch.bfloat16) else o
 
-class _CudaAutocast(TorchFunctionMode):
+class _CastsOfCuda(TorchFunctionMode):
     "Casts to float32 that autocast makes on CUDA and not on a CPU"
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if getattr(func, '__name__', '') in _in_float32: args,kwargs = tree_map(_to_float32, (args, kwargs))
         return func(*args, **kwargs)
 
-# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #c012
-def _precision(learn, device):
-    "The type that autocast computes in, None without; fastai's mixed precision does nothing on a CPU"
-    cb = next(iter(learn._grab_cbs(MixedPrecision)), None)
-    if cb is None or device == 'cpu': return None
-    return dict(fp16=torch.float16, bf16=torch.bfloat16)[cb.amp_mode.value]
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n016
+class ItemSpec(NamedTuple):
+    "An item's part of a batch"
+    shape:tuple # Without the dimension of the items
+    dtype:torch.dtype # Its type
 
-# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #c015
-def _traceable(loss):
-    "`loss` as it can run on fake tensors: fastai's wrappers make real ones"
-    if not isinstance(loss, BaseLoss): return loss
-    def classes_last(o): return o.transpose(loss.axis, -1).contiguous() if o.ndim > 1 else o
-    def traceable(preds, targ):
-        preds,targ = classes_last(preds),classes_last(targ)
-        if loss.floatify: targ = targ.float()
-        if loss.flatten:
-            preds = preds.view(-1, preds.shape[-1]) if loss.is_2d else preds.view(-1)
-            targ = targ.view(-1)
-        return loss.func(preds, targ)
-    return traceable
-
-# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #c017
-def _loss_or_stand_in(learn, preds, yb):
-    "The learner's loss; one that needs values has a log-softmax of the output in its place, and a warning says so"
-    try: return _traceable(learn.loss_func)(preds, *yb)
-    except Exception as e:
-        name = getattr(learn.loss_func, '__name__', type(learn.loss_func).__name__)
-        warnings.warn(f'{name} cannot be run without real tensors ({type(e).__name__}): '
-                      'a log-softmax of the output is counted in its place')
-        return sum(o.log_softmax(-1).sum() for o in tree_leaves(preds))
-
-# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #c020
 def one_item(
     learn, # `Learner` with a training loader
-)->tuple: # Inputs and targets as pairs of shape and type, and how many items a batch holds
-    "What one item of the training loader is like"
+)->tuple: # Inputs and targets with an `ItemSpec` for every tensor, in tuples and dicts as they are; items in a batch
+    "What one item of the training loader is like; of texts, one of the longest that are loaded first"
     dl = learn.dls.train
     with no_random(): batch = dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))
-    learn._split(batch)
-    xb,yb = learn.xb,learn.yb
-    learn.xb = learn.yb = (None,)
-    bs = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or len(xb[0])
-    return apply(lambda o: (tuple(o.shape[1:]), o.dtype), (xb, yb)), bs
+    i = getattr(learn.dls, 'n_inp', 1 if len(batch) == 1 else len(batch)-1)
+    batch = tree_map(lambda o: dict(o) if isinstance(o, Mapping) else o, tuple(batch))
+    first = next((o for o in tree_leaves(batch) if isinstance(o, Tensor) and o.ndim), None)
+    if first is None: raise ValueError(f'expected a tensor in a batch, found {batch!r}')
+    bs = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or len(first)
+    def spec(o):
+        is_items = isinstance(o, Tensor) and o.ndim and len(o) == len(first)
+        return ItemSpec(tuple(o.shape[1:]), o.dtype) if is_items else o
+    return (tree_map(spec, batch[:i]), tree_map(spec, batch[i:])), bs
 
-# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #c022
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n018
 def _set_trainable(learn, model, trainable):
     "Parameter groups of the copy `model`: 'all' trains, 'as is', or the 'head' alone"
     if trainable != 'as is': model.requires_grad_(True)
@@ -131,7 +130,7 @@ def _set_trainable(learn, model, trainable):
             for p in g: p.requires_grad_(False)
     return [[p for p in g if p.requires_grad] for g in groups]
 
-# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #c024
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n020
 def _optimizer(learn, groups, device):
     "The learner's optimizer; on CUDA, PyTorch's own go through all parameters at once, with temporaries"
     opt = learn.opt_func(groups, lr=learn.lr)
@@ -140,70 +139,213 @@ def _optimizer(learn, groups, device):
         if undecided: g['foreach'] = device == 'cuda'
     return opt
 
-# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #c027
-def _set_gradients(params, there):
-    for p in params: p.grad = torch.zeros_like(p) if there else None
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n023
+_of_a_batch = 'before_batch', 'after_pred', 'after_loss'
 
-def _update_bytes(count, params, opt):
-    "Bytes that `opt` keeps, bytes that it needs while it steps, and whether gradients stay; `params` have theirs"
-    before,count.in_update = count.live,True
-    opt.step()
-    kept,count.peak = count.live-before,count.live
-    opt.step()
-    temporary = count.peak-count.live
-    opt.zero_grad()
-    count.in_update = False
-    return kept, temporary, any(p.grad is not None for p in params)
+def _has_part(cb):
+    if isinstance(cb, (MixedPrecision, MicroBatch)): return False
+    return isinstance(cb, ModelResetter) or any(hasattr(cb, o) for o in _of_a_batch)
 
-# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #c031
+def _copied(learn, fake, device):
+    "A learner of its own that holds copies on fake tensors, and no data"
+    new = object.__new__(type(learn))
+    vars(new).update(vars(learn), training=True, epoch=0, n_epoch=1, iter=0, train_iter=0, n_iter=1, pct_train=0.)
+    memo = {id(learn): new, id(learn.dls): learn.dls, id(getattr(learn, 'opt', None)): None}
+    with CopyToFake(fake, device):
+        new.model = deepcopy(learn.model, memo).train()
+        new.loss_func = deepcopy(learn.loss_func, memo)
+        new.cbs = L(deepcopy(cb, memo) for cb in learn.cbs if _has_part(cb))
+    vars(new).update({cb.name: cb for cb in new.cbs})
+    return new
+
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n026
+@contextmanager
+def _kept_attributes(objects):
+    "Attributes of `objects` are after the block what they were before"
+    before = [(o, dict(vars(o))) for o in objects]
+    try: yield
+    finally:
+        for o,attributes in before:
+            vars(o).clear()
+            vars(o).update(attributes)
+
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n029
 class TracedStep:
     "A training step of `learn` on fake tensors: `run` it for any number of items"
     def __init__(self,
-        learn, # `Learner` to copy
+        learn, # `Learner` to copy; it stays as it is
         item:tuple, # What an item is like, from `one_item`
         device:str, # Kind of device to count for: 'cuda' or 'cpu'
         trainable:str, # What trains: 'all', 'as is' or 'head'
+        dtype='learner', # What autocast computes in: None, `torch.float16` or `torch.bfloat16`; 'learner' takes its own
+        prepare=None, # Function of the copied model that may change it, such as to checkpoint a part
+        optimizer:bool=True, # Count the update, too?
+        counter=CountTensors, # Class of the mode that counts
+        sm:int=90, # Compute capability of the card, 10 times
     ):
-        self.learn,self.item,self.dtype = learn,item,_precision(learn, device)
-        self.count,self.fake = CountTensors(),FakeTensorMode()
-        with FakeCopyMode(self.fake): self.model = deepcopy(learn.model).train()
-        groups = _set_trainable(learn, self.model, trainable)
-        self.params = [p for p in self.model.parameters() if p.requires_grad]
-        with self.fake:
+        self.item,self.sm,self.dtype = item,sm,_precision(learn, device) if dtype == 'learner' else dtype
+        # 'cuda', 'cpu', or 'formula': a step for CUDA by a PyTorch that was built without it
+        self.kernels = 'formula' if device == 'cuda' and not torch.backends.cuda.is_built() else device
+        self.device = 'cuda' if self.kernels == 'cuda' else 'cpu'
+        self.fake,self.count = FakeTensorMode(allow_non_fake_inputs=True),counter()
+        self.answers = Answers(self.fake, self.device)
+        self.learn = _copied(learn, self.fake, self.device)
+        self.model = self.learn.model
+        with self._tracing():
+            if prepare: prepare(self.model)
+            groups = _set_trainable(learn, self.model, trainable)
+            self.params = [p for p in self.model.parameters() if p.requires_grad]
             self.count.add([*self.model.parameters(), *self.model.buffers()])
             self.parameters = self.count.live
-            with self.count: self._count_update(_optimizer(learn, groups, device))
+            self.gradients,self.state,self.update,self.keeps_gradients = 0,0,0,True
+            if optimizer: self._count_update(_optimizer(learn, groups, device))
+
+    @contextmanager
+    def _tracing(self):
+        "Everything inside happens without numbers; nothing of it stays in PyTorch's state or in the copies"
+        objects = [self.learn, *self.learn.cbs, *self.model.modules()]
+        with ExitStack() as stack:
+            for o in (no_random(), autocast_anywhere(), CudaAutocast(None, 'cpu'), CudaAutocast(None, 'cuda'),
+                      kept_plain(), self.fake, self.count, self.answers): stack.enter_context(o)
+            if self.kernels == 'cuda': stack.enter_context(CudaKernels(self.sm))
+            yield
+
+    def _set_gradients(self, there):
+        for p in self.params: p.grad = torch.zeros_like(p) if there else None
 
     def _count_update(self, opt):
-        _set_gradients(self.params, True)
-        self.gradients = self.count.live-self.parameters
-        self.state,self.update,self.keeps_gradients = _update_bytes(self.count, self.params, opt)
+        count,self.answers.number = self.count,1  # an optimizer asks which step it is
+        self._set_gradients(True)
+        self.gradients,before = count.live-self.parameters,count.live
+        opt.step()
+        self.state,count.peak = count.live-before,count.live
+        opt.step()
+        self.update = count.peak-count.live
+        opt.zero_grad()
+        self.learn.opt,self.keeps_gradients = opt,any(p.grad is not None for p in self.params)
 
-# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #c033
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n033
+@patch
+def _batch(self:TracedStep, m):
+    "Inputs and targets of `m` items"
+    def made(o):
+        if not isinstance(o, ItemSpec): return fake_like(self.fake, o, self.device) if isinstance(o, Tensor) else o
+        return fake_like(self.fake, torch.empty(m, *o.shape, dtype=o.dtype, device='meta'), self.device)
+    return tree_map(made, self.item, is_leaf=lambda o: isinstance(o, ItemSpec))
+
+@patch
+def _start(self:TracedStep, m, gradients):
+    "Make a batch; what is counted from now on comes on top of `base`"
+    learn,count = self.learn,self.count
+    self._set_gradients(self.keeps_gradients if gradients is None else gradients)
+    self.answers.number,self.answers.asked,self.inputs = m,0,-count.live
+    learn.xb,learn.yb = self._batch(m)
+    count.add([learn.xb, learn.yb])
+    self.inputs += count.live
+    self.base,count.line,count.peak = count.live,[],count.live
+    self._event('before_train')
+    self._event('before_batch')
+
+@patch
+def _event(self:TracedStep, event):
+    "Run the copied callbacks; one that needs numbers is left out, and a warning says so"
+    for cb in self.learn.cbs.sorted('order'):
+        try: cb(event)
+        except Exception as e:
+            warnings.warn(f'{type(cb).__name__}.{event} cannot be run without real tensors ({type(e).__name__}): '
+                          'what it takes is not counted')
+
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n036
+def _loss_or_stand_in(learn):
+    "The loss of the learner's output; one that cannot be run has a log-softmax in its place"
+    try: return learn.loss_func(learn.pred, *learn.yb)
+    except Exception as e:
+        name = getattr(learn.loss_func, '__name__', type(learn.loss_func).__name__)
+        warnings.warn(f'{name} cannot be run without real tensors ({type(e).__name__}): '
+                      'a log-softmax of the output is counted in its place')
+        return sum(o.log_softmax(-1).sum() for o in tree_leaves(learn.pred) if isinstance(o, Tensor) and o.ndim)
+
+@patch
+def _forward(self:TracedStep):
+    "Prediction and loss of the batch, as the learner makes them; leaves the bytes of `outputs`"
+    learn = self.learn
+    with ExitStack() as stack:
+        stack.enter_context(CudaAutocast(self.dtype, self.device))
+        if self.kernels == 'formula' and self.dtype: stack.enter_context(_CastsOfCuda())
+        learn.pred = learn.model(*learn.xb)
+        self._event('after_pred')
+        if self.dtype: learn.pred = to_float(learn.pred)
+        if len(learn.yb): learn.loss_grad = _loss_or_stand_in(learn)
+        learn.loss = learn.loss_grad.clone()
+        self._event('after_loss')
+    self.outputs = sum(o.numel()*o.element_size() for o in tree_leaves(learn.pred) if isinstance(o, Tensor))
+    return learn.loss_grad
+
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n038
 @patch
 def run(self:TracedStep,
     m:int, # Items
-    gradients:bool=True, # Are gradients there at the start?
-)->np.ndarray: # Live bytes after each operation
-    "Forward and backward of `m` items; leaves the bytes of `outputs` and `activations`"
-    with self.fake, self.count:
-        _set_gradients(self.params, gradients)
-        device = next(self.model.parameters()).device
-        xb,yb = ([torch.zeros(m, *shape, dtype=dtype, device=device) for shape,dtype in o] for o in self.item)
-        return self._forward_backward(xb, yb)
+    gradients:bool=None, # Are gradients there at the start? As the optimizer leaves them, if not given
+)->np.ndarray: # Live bytes after each operation, over `base`: parameters, gradients, state and inputs
+    """Forward and backward of exactly `m` items
+
+    Leaves bytes: `peak`, the most, with everything; `base`, what is there at the start: parameters, gradients, state, `inputs`;
+    `forward` and `after`, what is there over `base` after the forward pass and after backward; `outputs`; and `line`, this again"""
+    with self._running():
+        self._start(m, gradients)
+        if self.device == 'cuda':
+            with Kept() as kept: self._backward(backward, kept)
+        else: self._backward(torch.Tensor.backward)
+    self.peak,self.line = self.count.peak,np.array(self.count.line)-self.base
+    return self.line
 
 @patch
-def _forward_backward(self:TracedStep, xb, yb):
-    count,base = self.count,self.count.live
-    count.line = []
-    with ExitStack() as stack:
-        if self.dtype:
-            stack.enter_context(torch.autocast('cpu', dtype=self.dtype))
-            stack.enter_context(_CudaAutocast())
-        preds = self.model(*xb)
-        preds = tree_map(lambda o: o.float() if o.is_floating_point() else o, preds)
-        loss = _loss_or_stand_in(self.learn, preds, yb)
-    self.outputs = sum(o.numel()*o.element_size() for o in tree_leaves(preds))
-    self.activations = count.live-base
-    loss.backward()
-    return np.array(count.line)-base
+@contextmanager
+def _running(self:TracedStep):
+    objects = [self.learn, *self.learn.cbs, *self.model.modules()]
+    with self._tracing(), _kept_attributes(objects): yield
+
+@patch
+def _backward(self:TracedStep, walk, *args):
+    loss = self._forward()
+    self.forward = self.activations = self.count.live-self.base  # bytes that are there after forward
+    walk(loss, *args)
+    self.after = self.count.live-self.base                       # and after backward: gradients that were made, outputs
+
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n043
+@patch
+def validate(self:TracedStep,
+    m:int, # Items
+)->int: # Most live bytes, with parameters, gradients, the optimizer's state and inputs
+    "A batch of validation: forward and loss of `m` items without a graph"
+    with self._running(), torch.no_grad():
+        self.model.eval()
+        self.learn.training = False
+        self._start(m, None)
+        self._forward()
+    return self.count.peak
+
+@patch
+def by_module(self:TracedStep,
+    m:int, # Items
+)->dict: # Bytes by the name of the module, and 'loss' for what no module made
+    "What is alive after the forward pass of `m` items over `base`, by the innermost module that made it"
+    count,names,hooks = self.count,['loss'],[]
+    def enter(name):
+        names.append(name)
+        count.place = name
+    def leave():
+        names.pop()
+        count.place = names[-1]
+    with self._running():
+        self._start(m, None)
+        count.place = 'loss'
+        for name,module in self.model.named_modules():
+            hooks.append(module.register_forward_pre_hook(lambda *_, name=name: enter(name or 'model')))
+            hooks.append(module.register_forward_hook(lambda *_: leave()))
+        try:
+            self._forward()
+            return {k: n for k,n in count.by_place().items() if k}
+        finally:
+            count.place = ''
+            for hook in hooks: hook.remove()
