@@ -69,6 +69,9 @@ test-versions: setup build/.oldest build/pandas-2.2.3 build/pandas-3.0.6  ## a c
 	PYTHONPATH=$(CURDIR)/build/pandas-2.2.3 pytest -q -p no:cacheprovider -n 2 --dist loadfile $(CORE)
 	PYTHONPATH=$(CURDIR)/build/pandas-3.0.6 pytest -q -p no:cacheprovider -n 2 --dist loadfile $(CORE)
 
+test-gpu: setup  ## everything where there is a GPU, one after the other, and keep a record of it
+	python tests/gpu_record.py
+
 test-docs: .venv/.env .venv/.chromium  ## the committed site in a real browser, and against the notebooks
 	pytest -q -m docs
 
@@ -80,7 +83,7 @@ docs: setup  ## rebuild docs/ and README.md from the notebooks
 	python tools/readme.py
 	python tools/docs.py -W
 
-bench: setup  ## rewrite benchmarks/results (minutes)
+bench: setup  ## rewrite benchmarks/results (minutes); on a GPU those in results/gpu too
 	python benchmarks/run.py
 
 clean:  ## remove what the targets above made, the environment included
@@ -88,6 +91,6 @@ clean:  ## remove what the targets above made, the environment included
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One thread a process: notebooks run side by side, and threads that wait for each other cost more than they bring
-test test-all test-versions outputs: export OMP_NUM_THREADS ?= 1
+test test-all test-versions test-gpu outputs: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-all test-versions test-docs outputs docs bench clean
+.PHONY: help setup demo test test-all test-versions test-gpu test-docs outputs docs bench clean

@@ -4,7 +4,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from fastai.torch_core import set_seed
+import torch
+from fastai.torch_core import defaults, set_seed
 from hypothesis import settings
 
 ROOT = Path(__file__).parents[1]
@@ -15,6 +16,38 @@ settings.register_profile('explore', print_blob=True)
 settings.load_profile('same')
 
 
+# Convolutions on a GPU would else round to 10 bits, and sums on two devices differ by more than their order
+torch.backends.cudnn.allow_tf32 = False
+
+
+# --- devices --------------------------------------------------------------------------------------------------------
+def pytest_addoption(parser):
+    parser.addoption('--second-device', action='store_true',
+                     help='fastai puts everything on a device that refuses what a GPU would (second_device.py)')
+
+
+def pytest_configure(config):
+    if config.getoption('--second-device'):
+        import second_device
+        second_device.start(ROOT/'build'/'second_device')
+
+
+def pytest_collection_modifyitems(items):
+    "What is marked `gpu` runs where there is one"
+    if torch.cuda.is_available(): return
+    for item in items:
+        if item.get_closest_marker('gpu'): item.add_marker(pytest.mark.skip(reason='needs a GPU'))
+
+
+@pytest.fixture
+def on_cpu():
+    "fastai's loaders and learners stay on the CPU, for what is asked of a CPU alone: the same bits, its memory"
+    use, defaults.use_cuda = defaults.use_cuda, False
+    yield
+    defaults.use_cuda = use
+
+
+# --- what every test finds ------------------------------------------------------------------------------------------
 @pytest.fixture(autouse=True)
 def seeded():
     "Whatever ran before it in the same process, a test draws the same numbers"

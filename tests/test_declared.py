@@ -336,8 +336,9 @@ def test_a_body_of_two_inputs(path, labels, tmp_path):
                       splitter=RandomSplitter(.25, seed=0))
     dls = block.dataloaders(labels, bs=16, num_workers=0)
     learn = learner(dls, arch=TwoEyes())
-    a,b,_ = dls.one_batch()
-    with torch.no_grad(): assert torch.equal(learn.model.eval()(a, b), learn.model[1](learn.model[0](a, b)))
+    a,b = (o.cpu() for o in dls.one_batch()[:2])
+    model = learn.model.cpu().eval()
+    with torch.no_grad(): assert torch.equal(model(a, b), model[1](model[0](a, b)))
     learn.path = tmp_path
     fit(learn, 1)
     assert torch.isfinite(learn.get_preds()[0]).all()
@@ -348,15 +349,16 @@ def body_and_head(m): return [list(m[0].parameters()), list(m[1].parameters())]
 @pytest.mark.parametrize('splitter', [trainable_params, body_and_head], ids=['flat', 'groups'])
 def test_learned_weights_with_any_splitter(path, labels, splitter):
     learn = learner(load(path, labels), weighting='uncertainty', splitter=splitter)
-    before = learn.model.log_vars.detach().clone()
+    before = learn.model.log_vars.detach().cpu().clone()
     fit(learn, 1, lr=.1)
-    assert (learn.model.log_vars.detach() != before).all()
+    assert (learn.model.log_vars.detach().cpu() != before).all()
 
 @pytest.mark.parametrize('arch', ['swin_tiny_patch4_window7_224', 'mambaout_femto'])
 def test_channels_last_are_turned(path, labels, arch):
     learn = learner(load(path, labels[:20], bs=2, item_tfms=Resize(224)), arch=arch, pretrained=False)
     x = torch.rand(2, 3, 224, 224)
-    with torch.no_grad(): feats,out = learn.model.eval()[0](x),learn.model(x)
+    learn.model.cpu().eval()
+    with torch.no_grad(): feats,out = learn.model[0](x),learn.model(x)
     n = learn.model[0].model.num_features
     assert feats.shape[-1] == n != feats.shape[1] and out.shape == (2, learn.dls.c)
     pooled = torch.cat([feats.amax((1, 2)), feats.mean((1, 2))], 1)  # fastai's head takes maxima, then means

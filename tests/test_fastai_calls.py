@@ -304,15 +304,17 @@ def test_metric_without_a_name_is_refused(dls):
 
 def test_learned_weights_are_trained_saved_and_exported(dls, tmp_path):
     learn = multi_target_learner(dls, tiny(8)[:-1], head=nn.Linear(54, 8), weighting='uncertainty', path=tmp_path)
-    before = learn.model.log_vars.detach().clone()
+    before = learn.model.log_vars.detach().cpu().clone()
     fit(learn, 1, .1)
-    assert (learn.model.log_vars != before).all()
-    assert learn.model.log_vars.equal(torch.load(learn.save('learned'), weights_only=False)['model']['log_vars'])
+    after = learn.model.log_vars.detach().cpu()
+    assert (after != before).all()
+    saved = torch.load(learn.save('learned'), weights_only=False, map_location='cpu')
+    assert after.equal(saved['model']['log_vars'])
     learn.export('learned.pkl')
     loaded = load_learner(tmp_path/'learned.pkl')
-    assert loaded.model.log_vars.equal(learn.model.log_vars) and loaded.loss_func.log_vars is loaded.model.log_vars
+    assert loaded.model.log_vars.equal(after) and loaded.loss_func.log_vars is loaded.model.log_vars
     # Half for a number: Kendall et al., equation 10
-    expected = np.exp(-learn.model.log_vars.detach().numpy())*[1, .5, 1]
+    expected = np.exp(-after.numpy())*[1, .5, 1]
     close(loaded.loss_func.weights.detach(), expected)
 
 
@@ -405,8 +407,8 @@ def test_exported_learners_in_a_new_process(path, labels, learn, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     for file, (row, acts, prob) in json.loads(done.stdout.split('RESULT')[1]).items():
-        close(acts, expected[file][0], rtol=1e-5)
-        close(prob, expected[file][0][:,:4].max(1)[0], rtol=1e-5)
+        close(acts, expected[file][0], rtol=1e-4, atol=1e-5)  # there a CPU, here what fastai chose
+        close(prob, expected[file][0][:,:4].max(1)[0], rtol=1e-4)
         assert [row[o] for o in ('digit', 'slant')] == [expected[file][1][o] for o in ('digit', 'slant')]
         assert row['lean'] == pytest.approx(expected[file][1]['lean'], rel=1e-4)
 

@@ -23,6 +23,7 @@ from torch import nn, tensor
 from paddy_multi.all import (CategoryTarget, CountTarget, MicroBatch, MultiCategoryTarget, MultiTargetDataLoaders,
                              MultiTargetInterpretation, RegressionTarget, Targets, combined_loss, ensemble,
                              multi_target_learner, predict_named, sample_digits, sliced_metrics, target_metrics)
+from paddy_multi.kinds.groups import groups_of
 
 START = 1_700_000_000.  # a time in seconds since 1970, where float32 knows multiples of 128
 
@@ -177,8 +178,7 @@ class ByHand(nn.Module):
 
 def test_a_range_trains_as_written_by_hand_alone_mixed_and_in_chunks(path, labels):
     dls = loaders(path, labels, percent=RegressionTarget(range=(0, 100)))
-    x,y = dls.one_batch()
-    x,y = x.as_subclass(torch.Tensor),y.as_subclass(torch.Tensor)
+    x,y = (o.cpu().as_subclass(torch.Tensor) for o in dls.one_batch())
     def grads(loss):
         weight = torch.full((64, 4), .01, requires_grad=True)
         loss(x.flatten(1) @ weight, y).backward()
@@ -220,7 +220,7 @@ def test_targets_of_one_range_are_computed_together_and_others_not():
     kinds = dict(a=within(1), b=within(1), c=within(2), d=RegressionTarget(), e=RegressionTarget(loss=nn.MSELoss()))
     rows = [dict.fromkeys(kinds, o) for o in (0., .3, 1.)]
     table = Targets(kinds).fit(rows)
-    assert [g.index for g in table.loss()._groups] == [[0, 1], [2], [3], [4]]
+    assert [g.index for g in groups_of(table)] == [[0, 1], [2], [3], [4]]
     preds = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
     y = torch.stack([table.encode(o) for o in rows])
     u = tensor([0., .3, 1.])
