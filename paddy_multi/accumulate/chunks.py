@@ -6,16 +6,20 @@
 __all__ = ['label_count', 'chunk_loss', 'learner_chunk_loss']
 
 # %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #c003
+import math
 from collections.abc import Callable
+from copy import copy
 from functools import partial
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
-from fastai.callback.mixup import MixHandler
+from fastai.callback.mixup import MixHandler, reduce_loss
 from fastai.losses import BaseLoss
 from torch import Tensor, nn
 
-from ..core.tensors import like_labels, plain, replaced
+from ..core.nested import made_of
+from ..core.tensors import plain
 from ..targets.slices import CombinedLoss
 
 # %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #c007
@@ -24,7 +28,7 @@ def _unwrapped(
 )->tuple: # The innermost loss, and the settings that `partial` binds around it
     "The loss inside fastai's wrappers and `partial`"
     bound = {}
-    while isinstance(loss, (BaseLoss, partial)):
+    while isinstance(loss, partial) or type(loss).__call__ is BaseLoss.__call__:
         if isinstance(loss, partial): bound = {**loss.keywords, **bound}
         loss = loss.func
     return loss, bound
@@ -37,76 +41,133 @@ def _setting(loss, name, default=None):
 # %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #c010
 def label_count(
     loss, # A cross-entropy: PyTorch's or fastai's, as a function or an object
-    targ:Tensor, # Its labels: integers, or a probability for every class
+    targ:Tensor, # Its labels: integers, or a probability for every class in the second dimension
 )->Tensor: # What the mean of `loss` over `targ` divides by
     "How much the labels `targ` count: the valid ones, by the weights of their classes"
-    if targ.is_floating_point(): return torch.tensor(float(len(targ)))
+    if targ.is_floating_point(): return torch.tensor(float(len(targ)*math.prod(targ.shape[2:])))
     valid = targ != _setting(loss, 'ignore_index', -100)
     weight = _setting(loss, 'weight')
     if weight is None: return valid.sum()
-    weights = weight.to(targ.device)[targ.where(valid, 0).long()]
+    weights = weight.to(targ.device, torch.promote_types(weight.dtype, torch.float32))[targ.where(valid, 0).long()]
     return (weights*valid).sum()
 
 # %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #c015
 def _is_cross_entropy(loss):
-    inner,_ = _unwrapped(loss)
+    inner,bound = _unwrapped(loss)
+    if not bound.keys() <= {'weight', 'ignore_index', 'reduction', 'label_smoothing'}: return False
     return inner in (F.cross_entropy, F.nll_loss) or type(inner) in (nn.CrossEntropyLoss, nn.NLLLoss)
 
-def _summed(loss, preds, targ):
-    "`loss` with 'sum' for its reduction"
-    if not hasattr(loss, 'reduction'): return loss(preds, targ, reduction='sum')
-    with replaced(loss, 'reduction', 'sum'): return loss(preds, targ)
+def _with_reduction(loss, reduction):
+    "A copy of `loss` that reduces as `reduction` says; tensors are shared, `loss` stays as it is"
+    if isinstance(loss, partial):
+        bound = {k: v for k,v in loss.keywords.items() if k != 'reduction'}
+        return partial(_with_reduction(loss.func, reduction), *loss.args, **bound)
+    if not hasattr(loss, 'reduction'): return partial(loss, reduction=reduction)
+    mine = copy(loss)
+    if isinstance(loss, BaseLoss): mine.func = _with_reduction(loss.func, reduction)
+    else: mine.reduction = reduction
+    return mine
 
 def _by_label(loss, targ):
     "Parts of a cross-entropy: sums over a chunk, divided by what the labels of the whole batch count"
-    count = label_count(loss, targ)
-    return lambda preds, targ: _summed(loss, preds, targ)/count
+    count,summed = label_count(loss, targ),_with_reduction(loss, 'sum')
+    return lambda preds, targ: summed(preds, targ)/count
+
+# %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #k103
+def item_counter(
+    *targs, # Targets of a batch: tensors, or tuples, dicts and lists of them
+)->Callable: # From targets of the same structure, such as those of a chunk
+    "A function that counts items: by the first tensor in no list, else by the first list; `TypeError` for neither"
+    leaves = list(_outside_lists(targs))
+    if not leaves: raise TypeError(f'expected a tensor or a list among the targets, to count items; found {targs!r}')
+    i = next((i for i,o in enumerate(leaves) if isinstance(o, Tensor)), 0)
+    is_columns = isinstance(leaves[i], list) and _same_length(leaves[i])
+    def count(*targs):
+        found = next(islice(_outside_lists(targs), i, None))
+        return len(found[0] if is_columns else found)
+    return count
+
+def _outside_lists(o):
+    "Tensors and lists in `o`; what is in a list is not looked at"
+    if (isinstance(o, Tensor) and o.ndim) or isinstance(o, list): yield o
+    else:
+        for each in made_of(o)[0] or (): yield from _outside_lists(each)
+
+def _same_length(o):
+    "Is the list `o` of tensors that are equally long?"
+    return all(isinstance(each, Tensor) and each.ndim for each in o) and len(set(map(len, o))) == 1
+
+# %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #k105
+def map_tensors(
+    f:Callable, # From a tensor to what takes its place
+    o, # Tensors in any nesting
+):
+    "`o` with `f` of every tensor in it; containers keep their kind, and whatever else is in them"
+    contents,like = made_of(o)
+    if contents is None: return f(o) if isinstance(o, Tensor) else o
+    return like([map_tensors(f, v) for v in contents])
 
 # %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #c018
 def chunk_loss(
     loss, # Loss function of `(preds, *targs)`
-    *targs:Tensor, # Targets of the whole batch
+    *targs, # Targets of the whole batch: tensors, or dicts, tuples and lists of them
+    count:Callable=None, # Number of items, from targets; that of their tensors if not given
 )->Callable: # Function of `(preds, *targs)` of a chunk
     "A function that gives each chunk's part of `loss` over the whole batch: the parts add up to it"
-    if hasattr(loss, 'parts'): return _by_parts(loss, targs)
-    if _setting(loss, 'reduction', 'mean') == 'sum': return loss
-    if isinstance(loss, CombinedLoss): return _by_target(loss, targs)
+    reduction,count = _reduction(loss),count or item_counter(*targs)
+    if hasattr(loss, 'parts'): return _by_parts(loss, targs, count)
+    if reduction == 'sum': return loss
+    if _is_combined(loss): return _by_target(loss, targs)
     if _is_cross_entropy(loss): return _by_label(loss, targs[0])
-    n = len(targs[0])
-    return lambda preds, *targs: loss(preds, *targs)*(len(targs[0])/n)
+    n = count(*targs)
+    return lambda preds, *targs: loss(preds, *targs)*(count(*targs)/n)
+
+def _is_combined(loss): return isinstance(loss, CombinedLoss) and type(loss).forward is CombinedLoss.forward
+
+def _reduction(loss):
+    "How `loss` reduces; `ValueError` for one that does not"
+    reduction = _setting(loss, 'reduction', 'mean')
+    if reduction != 'none': return reduction
+    name = getattr(loss, '__name__', type(loss).__name__)
+    raise ValueError(f"{name} has reduction='none', and training needs one number a batch: set it to 'mean' or 'sum'")
 
 # %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #c022
 def _by_target(loss, targs):
     "Parts of a `CombinedLoss`, every target weighed by itself"
-    each = {name: chunk_loss(one.loss, t) for (name, one),t in zip(loss.losses.items(), targs) if one}
-    def part(preds, *targs):
-        preds,labels,total = plain(preds),dict(zip(loss.losses, map(plain, targs))),0
-        for name,one_part in each.items():
-            out = like_labels(preds[:,loss.slices[name]], labels[name])
-            total = total + loss.weights[name]*one_part(out, labels[name])
-        return total
-    return part
+    mine = copy(loss)
+    mine.losses = dict(loss.losses)
+    for (name, one),targ in zip(loss.losses.items(), targs):
+        if not one: continue
+        mine.losses[name] = copy(one)
+        mine.losses[name].loss = chunk_loss(one.loss, plain(targ))
+    return mine
 
 # %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #c025
-def _counts(loss, targs, preds):
-    "What the labels of a batch count for every target; it does not depend on the output, so zeros will do"
+def _counts(loss, targs, preds, n, m):
+    "What the labels of `n` items count for every target, `m` at a time; as it does not depend on the output, zeros do"
     if hasattr(loss, 'counts'): return loss.counts(*targs)
-    zeros = preds.detach().new_zeros(len(targs[0]), *preds.shape[1:])
+    if not all(isinstance(o, Tensor) and o.ndim for o in targs): m = n
+    pieces = zip(*(o.split(m) for o in targs)) if m < n else [targs]
+    with torch.no_grad(): return sum(_counts_of(loss, min(m, n-i*m), preds, o) for i,o in enumerate(pieces))
+
+def _counts_of(loss, n, preds, targs):
+    zeros = map_tensors(lambda o: o.new_zeros(n, *o.shape[1:]) if o.ndim else o.detach(), preds)
     return loss.parts(zeros, *targs)[1]
 
 def _penalty(loss): return loss.penalty() if hasattr(loss, 'penalty') else 0.
 
-def _by_parts(loss, targs):
+def _by_parts(loss, targs, count):
     "Parts of a loss with `parts`: sums by counts of the whole batch, and a share of what belongs to no item"
-    n,counts = len(targs[0]),None
+    n,counts = count(*targs),None
     def part(preds, *chunk):
         nonlocal counts
-        if counts is None: counts = _counts(loss, targs, preds)
+        m = count(*chunk)
+        if counts is None: counts = _counts(loss, targs, preds, n, m)
         sums = loss.parts(preds, *chunk)[0]
-        if _setting(loss, 'reduction', 'mean') == 'mean':
+        if _reduction(loss) == 'mean':
             sums = torch.where(counts > 0, sums/counts.where(counts > 0, 1), 0.)
         weights = torch.as_tensor(getattr(loss, 'weights', 1.)).to(sums)
-        return (sums*weights).sum() + _penalty(loss)*(len(chunk[0])/n)
+        return (sums*weights).sum() + _penalty(loss)*(m/n)
     return part
 
 # %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #c029
@@ -116,31 +177,45 @@ class _WholeCounts:
     def __init__(self, loss, counts): self.loss,self.counts = loss,counts
     def __call__(self, preds, *targs): return self.loss(preds, *targs, reduction='none', counts=self.counts)
 
-def _mixed(mix, targs):
+def _mixed(mix, targs, count):
     "Parts of a loss that `mix`, a fastai `MixUp` or `CutMix`, computes from its own labels and proportions"
-    n,loss = len(targs[0]),mix.old_lf
-    if hasattr(loss, 'counts'): return _mixed_parts(mix, loss, targs)
-    if _setting(loss, 'reduction', 'mean') == 'sum': return mix.lf
-    return lambda preds, *targs: mix.lf(preds, *targs)*(len(targs[0])/n)
-
-def _mixed_parts(mix, loss, targs):
-    "The same for a loss with `counts`"
-    n,counted = len(targs[0]),_WholeCounts(loss, loss.counts(*targs))
+    n,loss,reduction = count(*targs),mix.old_lf,_reduction(mix.old_lf)
+    if hasattr(loss, 'counts'): return _mixed_parts(mix, targs, count)
+    by_item = _with_reduction(loss, 'none') if hasattr(loss, 'reduction') else loss
     def part(preds, *targs):
-        with replaced(mix, 'old_lf', counted): mixed = mix.lf(preds, *targs)
-        return mixed - _penalty(loss)*(1-len(targs[0])/n)
+        total = reduce_loss(_mixing(mix, by_item)(preds, *targs), reduction)
+        return total if reduction == 'sum' else total*(count(*targs)/n)
+    return part
+
+def _mixing(mix, loss):
+    "What `mix` computes from `loss`: by a copy of it, which is of no other learner"
+    mine = copy(mix)
+    mine.old_lf = loss
+    return mine.lf
+
+def _mixed_parts(mix, targs, count):
+    "The same for a loss with `counts`"
+    n,loss = count(*targs),mix.old_lf
+    counted,scale = _WholeCounts(loss, loss.counts(*targs)),n if _reduction(loss) == 'sum' else 1
+    def part(preds, *targs):
+        mixed = _mixing(mix, counted)(preds, *targs)
+        return scale*(mixed - _penalty(loss)*(1-count(*targs)/n))
     return part
 
 # %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #c033
 def learner_chunk_loss(
     learn, # `Learner` that holds the whole batch
+    count:Callable=None, # Number of items, from targets; that of targets and inputs in `learn` if not given
 )->tuple: # The function of `chunk_loss`, and whether the loss is known to add up
     "`chunk_loss` for the loss and the batch of `learn`, mixed labels included"
+    if count is None:
+        with_inputs = item_counter(*learn.yb, learn.xb)
+        def count(*targs): return with_inputs(*targs, learn.xb)
     mix = next((cb for cb in learn.cbs if isinstance(cb, MixHandler) and cb.stack_y), None)
-    if mix is not None: return _mixed(mix, learn.yb), True
-    return chunk_loss(learn.loss_func, *learn.yb), _adds_up(learn.loss_func)
+    if mix is not None: return _mixed(mix, learn.yb, count), True
+    return chunk_loss(learn.loss_func, *learn.yb, count=count), _adds_up(learn.loss_func)
 
 def _adds_up(loss):
     "Whether `loss` is known to be the sum of its chunks' parts; any other has to be compared"
-    if isinstance(loss, CombinedLoss): return all(_adds_up(one.loss) for one in loss.losses.values() if one)
+    if _is_combined(loss): return all(_adds_up(one.loss) for one in loss.losses.values() if one)
     return hasattr(loss, 'parts') or _is_cross_entropy(loss)
