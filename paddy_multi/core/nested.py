@@ -70,6 +70,23 @@ def is_list(
     return isinstance(o, (list, tuple, L)) and not hasattr(o, '_make')
 
 # %% ../../nbs/paddy_multi/core/13_nested.ipynb #n011
+def tensors_in(
+    o, # Anything
+)->list: # `Tensor`s
+    "The tensors in nested containers"
+    if isinstance(o, Tensor): return [o]
+    return [t for v in made_of(o)[0] or () for t in tensors_in(v)]
+
+def copied(
+    o, # Anything
+    device=None, # Where to, as it is by default
+): # The same values, in memory of their own and without a graph
+    "A copy of the tensors in nested containers; all else is shared"
+    if isinstance(o, Tensor): return o.detach().to(device or o.device, copy=True)
+    contents,like = made_of(o)
+    return o if contents is None else like([copied(v, device) for v in contents])
+
+# %% ../../nbs/paddy_multi/core/13_nested.ipynb #n014
 def lengths(
     one, # Tensors, nested or not
     other, # The same structure, with other lengths
@@ -83,7 +100,7 @@ def lengths(
     if len(contents) == len(others):
         for pair in zip(contents, others): yield from lengths(*pair)
 
-# %% ../../nbs/paddy_multi/core/13_nested.ipynb #n013
+# %% ../../nbs/paddy_multi/core/13_nested.ipynb #n016
 def row_counts(
     o, # Tensors, nested or not
 )->Iterator: # Numbers of rows: lengths of the first dimension of tensors, and of lists
