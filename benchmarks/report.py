@@ -150,3 +150,78 @@ def memory(result):
                 'share, measured': o['measured_ratio'], 'share, predicted': o['predicted_ratio'],
                 'items per second': o['items_per_second']}
     return frame([row(o) for o in result['rows']], 'chunks')
+
+# --- on a GPU, which may not be at hand -----------------------------------------------------------------------------
+def gpu(folder=RESULTS/'gpu'):
+    "What was measured on a GPU by name: sections of benchmarks/gpu.py, and figures that were imported"
+    return {o['name']: o for o in results(folder)}
+
+def gpu_provenance(result):
+    "The GPU and the versions, in a line"
+    a, v = result['about'], result['about']['versions']
+    commit = f', commit {a["commit"]}' if 'commit' in a else ''
+    return f'{a["machine"]["accelerator"]}, torch {v["torch"]}, fastai {v["fastai"]}, timm {v["timm"]}{commit}'
+
+def predicted_bytes(row):
+    "Bytes that `predict_memory` said the device would allocate"
+    said = row['predicted']
+    return said['total'] + said.get('workspace', 0) if isinstance(said, dict) else said
+
+def gpu_memory(rows):
+    "Predicted and allocated gigabytes of each row, and what PyTorch reserved"
+    def row(o):
+        p, m, r = predicted_bytes(o), o['measured'], o.get('reserved')
+        return {'model': o.get('arch', o.get('model')), 'options': o.get('options', ''), 'px': o['size'],
+                'precision': o.get('precision', 'fp32'), 'items': o['bs'], 'accum': o['accum'],
+                'predicted, GB': f'{p/1e9:.2f}', 'allocated, GB': f'{m/1e9:.2f}', 'off, MB': round((p-m)/1e6),
+                'reserved over allocated': f'{r/m:.2f}' if r else ''}
+    return frame([row(o) for o in rows if o.get('measured')], 'model')
+
+def worst_predicted(rows, n=8):
+    "The `n` rows whose prediction strays most from what was allocated, in bytes"
+    def off(o): return abs(predicted_bytes(o)-o['measured'])
+    return sorted([o for o in rows if o.get('measured')], key=off, reverse=True)[:n]
+
+def plot_gpu_memory(rows, n=8):
+    "Predicted over allocated memory of every row; the models of the `n` that stray most are named"
+    def at(o): return o['measured']/1e9, predicted_bytes(o)/o['measured']
+    rows = [o for o in rows if o.get('measured')]
+    fig, ax = plt.subplots(figsize=(8, 4), layout='constrained')
+    for i, kind in enumerate(dict.fromkeys(o['precision'] for o in rows)):
+        ax.scatter(*zip(*(at(o) for o in rows if o['precision'] == kind)), s=22, color=f'C{i}', label=kind)
+    for o in worst_predicted(rows, n):
+        ax.annotate(o['arch'].split('_patch')[0], at(o), xytext=(5, 4), textcoords='offset points', fontsize=7)
+    ax.axhline(1, color='grey', lw=.8, ls=':')
+    ax.margins(x=.12)
+    ax.set(xlabel='GB allocated', ylabel='predicted over allocated', title='Memory of a training step')
+    ax.legend(frameon=False)
+    return fig
+
+def gpu_speed(rows):
+    "Seconds of each way through the same batches, with their range"
+    def text(o): return f'{o["seconds"]:.3g} [{o["low"]:.3g}, {o["high"]:.3g}]' if o['seconds'] else 'fails'
+    def task(o): return f'{o["arch"]}, {o["precision"]}, {o["batches"]} batches of {o["bs"]}' + (
+        f' in {o["chunk"]}s' if 'chunk' in o else '')
+    tasks = dict.fromkeys(map(task, rows))
+    return frame([{'task': t, **{o['way']: text(o) for o in rows if task(o) == t}} for t in tasks], 'task')
+
+def gpu_compiled(rows):
+    "Seconds of a compiled model, whole and in chunks, with their range"
+    def text(o): return 'fails' if o['error'] else f'{o["seconds"]:.3g} [{o["low"]:.3g}, {o["high"]:.3g}]'
+    modes = dict.fromkeys(o['mode'] for o in rows)
+    return frame([{'torch.compile': m, **{o['way']: text(o) for o in rows if o['mode'] == m}} for m in modes],
+                 'torch.compile')
+
+def gpu_targets(rows):
+    "Milliseconds of losses and metrics by number of targets"
+    counts = dict.fromkeys(o['targets'] for o in rows)
+    def text(o): return f'{o["seconds"]*1e3:.3g}'
+    return frame([{'targets': str(n), **{f'{o["what"]}, {o["way"]}, ms': text(o) for o in rows if o['targets'] == n}}
+                  for n in counts], 'targets')
+
+def gpu_precision(rows):
+    "How far an epoch is from float64, as parts of the way that the weights went"
+    names = dict(whole='whole batches', in_another_order='in another order', chunks_of_16='chunks of 16',
+                 chunks_of_5='chunks of 5', fastai_16='GradientAccumulation')
+    return frame([{'model': o['arch'], 'precision': o['precision'], **{v: f'{o[k]:.2e}' for k, v in names.items()}}
+                  for o in rows if not o.get('error')], 'model')

@@ -1,5 +1,5 @@
 """Run the benchmarks, all or those named: `python benchmarks/run.py sliced`.
-Each is a process of its own and writes results/<name>.json"""
+Each is a process of its own and writes results/<name>.json. `gpu`, which needs a GPU, writes results/gpu/*.json"""
 import argparse
 import subprocess
 import sys
@@ -8,10 +8,22 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 NOT_SCRIPTS = {'harness', 'report', 'run'}
+NEED_GPU = {'gpu'}
 
 def scripts(folder=HERE):
     "Benchmarks by name"
     return {o.stem: o for o in sorted(folder.glob('*.py')) if o.stem not in NOT_SCRIPTS}
+
+def has_gpu():
+    import torch
+    return torch.cuda.is_available()
+
+def chosen(names, known, quick=False):
+    "Scripts by name: those of `names`, or all that can run here"
+    if names: return {o: known[o] for o in names}
+    left_out = set() if quick or has_gpu() else NEED_GPU & set(known)
+    if left_out: print(f'{", ".join(left_out)}: left out, there is no GPU here', flush=True)
+    return {k: v for k, v in known.items() if k not in left_out}
 
 def run_all(found, flags):
     "Run each script, whatever the others do; the names of those that failed"
@@ -33,7 +45,7 @@ def main(argv=None):
     unknown = [o for o in args.names if o not in known]
     if unknown: p.error(f'expected names of {list(known)}, found {unknown}')
     flags = ['--quick']*args.quick + (['--out', str(args.out.resolve())] if args.out else [])
-    failed = run_all({o: known[o] for o in args.names or known}, flags)
+    failed = run_all(chosen(args.names, known, args.quick), flags)
     if failed: sys.exit(f'failed: {", ".join(failed)}')
 
 if __name__ == '__main__': main()

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/'benchmarks'))
+import gpu
 import harness
 import report
 import run
@@ -174,9 +175,9 @@ def test_a_script_with_a_failure_saves_the_rest_and_exits_with_1(tmp_path):
 def test_quick_results_never_land_among_the_real_ones():
     def kept(): return {p: p.read_bytes() for p in harness.RESULTS.rglob('*.json')}
     before = kept()
-    message = ('a quick result proves nothing: expected a folder other than benchmarks/(results|tables), '
+    message = ('a quick result proves nothing: expected a folder other than benchmarks/results, '
                'choose another --out')
-    for folder in (harness.RESULTS/'..'/'results', harness.TABLES):
+    for folder in (harness.RESULTS/'..'/'results', harness.TABLES, harness.RESULTS/'gpu'):
         with pytest.raises(ValueError, match=message):
             harness.main('sliced', 'T', 'Q', lambda quick: [], ['--quick', '--out', str(folder)])
     assert before == kept()
@@ -244,7 +245,7 @@ def test_times_as_text(seconds, text): assert report.time_text(seconds) == text
 
 # --- what is committed ----------------------------------------------------------------------------------------------
 def test_every_script_has_its_result():
-    assert {o['name'] for o in (*report.results(), *report.tables())} == set(run.scripts())
+    assert {o['name'] for o in (*report.results(), *report.tables())} == set(run.scripts()) - run.NEED_GPU
 
 def all_of(*folders):
     paths = sorted(p for o in folders for p in o.glob('*.json'))
@@ -292,6 +293,57 @@ def test_what_is_said_of_a_target_follows_from_the_runs(path):
         assert o['mean'] == pytest.approx(np.mean(o['values']), rel=1e-4)
         assert o['met'] == (o['mean'] <= o['target'] if o['at_most'] else o['mean'] >= o['target'])
 
+# --- on a GPU, where one was at hand ----------------------------------------------------------------------------------
+@all_of(harness.RESULTS/'gpu')
+class TestGpu:
+    def test_says_which_gpu_and_how(self, path):
+        res = json.loads(path.read_text())
+        a = res['about']
+        assert a['machine']['accelerator'] and all(a['versions'][k] for k in ('python', 'torch', 'fastai', 'timm'))
+        assert res['name'] == path.stem
+        if path.stem.startswith('imported'): assert a['commit'] and 'earlier version' in a['note']
+        else:
+            assert path.stem in gpu.SECTIONS and not a['quick'] and a['gpu']['name'] == a['machine']['accelerator']
+            assert a['command'] == 'python benchmarks/run.py gpu' and not gpu.errors(res)
+
+    def test_names_no_machine(self, path):
+        assert not re.search(r'/(tmp|home|root|usr|work|Users)\b|[A-Z]:\\\\|localhost', path.read_text())
+
+def test_memory_rows_by_hand():
+    def row(arch, accum, **kwargs): return dict(arch=arch, size=8, bs=4, precision='fp16', accum=accum, **kwargs)
+    rows = [row('a', 1, predicted=9*10**8, measured=10**9, reserved=12*10**8),
+            row('b', 2, predicted=dict(total=10**9, workspace=10**8), measured=11*10**8, reserved=None),
+            row('c', 2, predicted=1, measured=None)]
+    df = report.gpu_memory(rows)
+    assert df['off, MB'].tolist() == [-100, 0] and df['reserved over allocated'].tolist() == ['1.20', '']
+    assert df['predicted, GB'].tolist() == ['0.90', '1.10']
+    assert [o['arch'] for o in report.worst_predicted(rows, 1)] == ['a']
+    ax, = report.plot_gpu_memory(rows).axes                       # off by 100 MB, and by none
+    assert [o.get_text() for o in ax.texts] == ['a', 'b']
+    report.plt.close('all')
+
+def test_without_a_gpu_nothing_is_measured(capsys):
+    if gpu.on_gpu(): pytest.skip('there is one')
+    with pytest.raises(SystemExit, match='no GPU here: expected one that torch.cuda finds'): gpu.main([])
+    known = dict(gpu='a', sliced='b')
+    assert run.chosen([], known) == dict(sliced='b') and run.chosen([], known, quick=True) == known
+    assert 'gpu: left out, there is no GPU here' in capsys.readouterr().out
+    assert run.chosen(['gpu'], known) == dict(gpu='a')             # and says so itself
+
+def test_an_unknown_section_is_refused(capsys):
+    with pytest.raises(SystemExit): gpu.main(['memry'])
+    assert re.search(r"expected sections of \['memory', .*\], found \['memry'\]", capsys.readouterr().err)
+
+SECONDS = {'dense', 'loss_launches'}  # others take the same way with larger models, or in new processes
+
+def fast_or_slow(o): return pytest.param(o, marks=[] if o in SECONDS else pytest.mark.slow)
+
+@pytest.mark.parametrize('name', map(fast_or_slow, gpu.SECTIONS))
+def test_a_section_runs_without_a_gpu(name, tmp_path):
+    gpu.main([name, '--quick', '--out', str(tmp_path)])
+    res = report.gpu(tmp_path)[name]
+    assert res['about']['quick'] and not gpu.errors(res) and (res['cases'] if name == 'speed' else res['rows'])
+
 def test_about_names_no_machine():
     text = harness.dumps(harness.about('x', 1, 1, 'wall', False))
     assert platform.node() not in text and str(Path.home()) not in text
@@ -304,7 +356,7 @@ def quick_or_slow(name):
     "The others take the same way, each a process of seconds"
     return pytest.param(name, marks=[] if name in (IN_TURNS, TABLE) else pytest.mark.slow)
 
-@pytest.mark.parametrize('name', [quick_or_slow(o) for o in run.scripts()])
+@pytest.mark.parametrize('name', [quick_or_slow(o) for o in run.scripts() if o not in run.NEED_GPU])
 def test_quick_mode(name, tmp_path):
     command = [sys.executable, ROOT/'benchmarks'/'run.py', name, '--quick', '--out', tmp_path]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
