@@ -40,11 +40,11 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
-def on_cpu():
-    "fastai's loaders and learners stay on the CPU, for what is asked of a CPU alone: the same bits, its memory"
-    use, defaults.use_cuda = defaults.use_cuda, False
-    yield
-    defaults.use_cuda = use
+def on_cpu(monkeypatch):
+    "fastai stays on the CPU, in new processes too, for what is asked of a CPU alone: the same bits, its memory"
+    if torch.cuda.is_available(): torch.cuda.init()  # this process has seen its GPU
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+    monkeypatch.setattr(defaults, 'use_cuda', False)
 
 
 # --- what every test finds ------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Run everything on a GPU and keep a record: `make test-gpu`, or `python tests/gpu_record.py tests/test_sliced.py` for some.
+"""Run everything on a GPU and keep a record: `make test-gpu`; `python tests/gpu_record.py FILE...` runs some
 
 The record is tests/gpu_record.json: machine, versions, commit, counts and failures by name, of tests and of notebooks.
 Files that are run add to a record of the same commit on the same machine and take the place of any other.
@@ -28,7 +28,7 @@ def where():
     from gpu import card
     from harness import machine, versions
     return dict(machine=machine(), gpu=card(), versions=versions(), commit=git('rev-parse', 'HEAD') or None,
-                changed=bool(git('status', '--porcelain', '--untracked-files=no', '--', '.', ':!tests/gpu_record.json')))
+                changed=bool(git('status', '--porcelain', '-uno', '--', '.', ':!tests/gpu_record.json')))
 
 # --- tests ----------------------------------------------------------------------------------------------------------
 def outcome(case):

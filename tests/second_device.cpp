@@ -115,7 +115,7 @@ static Tensor there(const Tensor& cpu) { return cpu.defined() ? cpu.to(at::Devic
 static Tensor convolution(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b, c10::IntArrayRef stride,
                           c10::IntArrayRef padding, c10::IntArrayRef dilation, bool transposed,
                           c10::IntArrayRef out_padding, int64_t groups) {
-  TORCH_CHECK(x.device() == w.device(), "Expected all tensors to be on the same device, but found at least two devices, ",
+  TORCH_CHECK(x.device() == w.device(), "Expected all tensors to be on the same device, but found at least two: ",
               x.device(), " and ", w.device(), "!");
   std::optional<Tensor> bias;
   if (b && b->defined()) bias = seen_from_cpu(*b);
@@ -150,7 +150,7 @@ static void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     else if (v.isOptionalTensorList() && !index)
       for (const std::optional<Tensor>& x : v.toOptionalTensorList()) if (x) look(*x);
   }
-  TORCH_CHECK(!stranger, "Expected all tensors to be on the same device, but found at least two devices, ",
+  TORCH_CHECK(!stranger, "Expected all tensors to be on the same device, but found at least two: ",
               at::Device(DEVICE, 0), " and cpu! (", schema.name(), ")");
   at::native::cpu_fallback(op, stack);
 }

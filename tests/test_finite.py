@@ -43,6 +43,7 @@ class SetWeight(Callback):
         if (self.epoch, self.iter) == self.at: self.model.bias.data.fill_(self.value)
 
 
+@pytest.mark.usefixtures('on_cpu')  # where the same bits can be asked for
 @pytest.mark.parametrize('bad', [math.nan, math.inf, -math.inf])
 def test_the_step_of_a_bad_batch_is_not_taken(bad):
     "The weights are those of the good batches alone, bit by bit"

@@ -35,13 +35,15 @@ def test_counts_what_pytest_says_by_file(tmp_path):
     assert found['failures'] == ['test_two[2]', 'test_three']
 
 
-def ran(passed=1, failed=0, names=()): return dict(passed=passed, failed=failed, skipped=0, seconds=1., failures=list(names))
+def ran(passed=1, failed=0, names=()):
+    return dict(passed=passed, failed=failed, skipped=0, seconds=1., failures=list(names))
 
 
 def test_a_record_grows_with_the_same_commit_on_the_same_machine():
     here = dict(machine='a', gpu='b', versions='c', commit='d', changed=False)
     first = gpu_record.joined(None, here, {'tests/test_a.py': ran(3, 1, ['test_x']), 'nbs/a.ipynb': ran()})
-    assert first['counts'] == dict(tests=dict(passed=3, failed=1, skipped=0), notebooks=dict(passed=1, failed=0, skipped=0))
+    assert first['counts']['tests'] == dict(passed=3, failed=1, skipped=0)
+    assert first['counts']['notebooks'] == dict(passed=1, failed=0, skipped=0)
     more = gpu_record.joined(first, here, {'tests/test_a.py': ran(4), 'tests/test_b.py': ran(2)})
     assert more['counts']['tests'] == dict(passed=6, failed=0, skipped=0) and more['counts']['notebooks']['passed'] == 1
     other = gpu_record.joined(more, {**here, 'commit': 'e'}, {'tests/test_b.py': ran(2)})

@@ -396,6 +396,7 @@ def trained(digits, loss, metrics):
     learn.fit_one_cycle(2, 1e-2)
     return learn.model.state_dict(), [row[:5] for row in learn.recorder.values], learn.recorder.losses
 
+@pytest.mark.usefixtures('on_cpu')  # a GPU adds up in another order each time
 @pytest.mark.parametrize('way', [unit, weights, class_weights], ids=lambda o: o.__name__)
 def test_training_equals_hand_written_functions_exactly(digits, way):
     ours, theirs = way()
@@ -405,6 +406,7 @@ def test_training_equals_hand_written_functions_exactly(digits, way):
     assert all(torch.equal(a, hand_weights[o]) for o, a in trained_weights.items())
     assert values == hand_values and torch.equal(torch.stack([*losses]), torch.stack([*hand_losses]))
 
+@pytest.mark.usefixtures('on_cpu')
 def test_training_on_one_of_three_equals_training_on_it_alone(digits):
     loss = combined_loss(digit=None, slant=(F.cross_entropy, 3), lean=None)
     metrics = sliced_metrics(error_rate, digit=None, slant=3, lean=None) + loss.metrics()
@@ -431,7 +433,7 @@ def learn(digits, tmp_path_factory):
     learn.fit_one_cycle(3, 1e-2)
     return learn
 
-def plain(tensors): return torch.cat(tensors).as_subclass(torch.Tensor)
+def plain(tensors): return torch.cat(tensors).as_subclass(torch.Tensor).cpu()
 
 @pytest.fixture(scope='module')
 def outputs(learn):
@@ -551,8 +553,11 @@ def test_an_exported_learner_predicts_the_same_in_another_process(learn, digits,
     subprocess.run([sys.executable, '-W', 'ignore', '-c', ELSEWHERE, *paths], check=True, cwd=tmp_path)
     probs, labels, first, n_out, names = torch.load(tmp_path/'out.pt', weights_only=False)
     ours, _, our_labels = learn.get_preds(dl=learn.dls.test_dl(rows), with_decoded=True)
-    assert torch.equal(probs, ours) and all(torch.equal(a, b) for a, b in zip(labels, our_labels, strict=True))
-    assert tuple(first) == tuple(learn.predict(rows.iloc[0])[0])
+    # There on a CPU, here where fastai chose
+    torch.testing.assert_close(probs, ours)
+    for there, here in zip(labels, our_labels, strict=True): torch.testing.assert_close(there, here)
+    digit, slant, lean = learn.predict(rows.iloc[0])[0]
+    assert tuple(first[:2]) == (digit, slant) and first[2] == pytest.approx(lean, rel=1e-4)
     assert n_out == 14 and names == list(learn.metrics.attrgot('name'))
 
 def test_accumulating_metrics_see_the_whole_split_in_each_fit(digits):
@@ -592,7 +597,7 @@ class Spoil(Callback):
     def before_validate(self):
         if self.epoch != 2: return
         nn.init.zeros_(self.model[-1].weight)
-        self.model[-1].bias.data = torch.tensor([0.]*10 + [1000., 0., 0., 1000.])
+        self.model[-1].bias.data.copy_(torch.tensor([0.]*10 + [1000., 0., 0., 1000.]))
 
 @pytest.mark.parametrize('monitor', ['digit_error_rate', 'lean_mean_absolute_error', 'slant_loss'])
 def test_trackers_go_for_the_smaller(digits, tmp_path, capsys, monitor):
@@ -717,9 +722,9 @@ def dls(digits): return loaders(digits, **KINDS)
 @pytest.mark.parametrize('text', AT_THE_FIRST_BATCH)
 def test_what_the_data_tell_is_refused_before_a_step_and_the_learner_goes_on(dls, text):
     learn = learner(dls, 14, AT_THE_FIRST_BATCH[text](), three_metrics())
-    before = {o: v.clone() for o, v in learn.model.state_dict().items()}
+    before = {o: v.cpu().clone() for o, v in learn.model.state_dict().items()}
     with pytest.raises(ValueError, match=re.escape(text)): learn.fit(1, 1e-2)
-    assert all(torch.equal(v, before[o]) for o, v in learn.model.state_dict().items())
+    assert all(torch.equal(v.cpu(), before[o]) for o, v in learn.model.state_dict().items())
     learn.loss_func = three_losses()
     learn.fit(1, 1e-2)
     (_, *row), = learn.recorder.values
@@ -760,7 +765,10 @@ def test_a_loss_of_ones_own_trains_before_it_says_how_it_is_read(dls):
 def test_fastai_moves_class_weights_to_the_loaders_device(dls):
     weighted, moved = nn.CrossEntropyLoss(weight=RARE.clone()), []
     loss = combined_loss(digit=(ce, 10), slant=(weighted, 3), lean=(F.mse_loss, 1))
-    loss.to = moved.append
+    def to(device):
+        moved.append(device)
+        return type(loss).to(loss, device)
+    loss.to = to
     learner(dls, 14, loss).fit(1, 0)
     assert moved == [dls.device]
     del loss.to
