@@ -29,12 +29,13 @@ from .data.balance import *
 from .data.loaders import *
 from .accumulate.chunks import *
 from .accumulate.batches import *
+from .accumulate.loss_check import *
 from .accumulate.coupling import *
 from .accumulate.outputs import *
 from .accumulate.whole_head import *
 from .accumulate.microbatch import *
 from .accumulate.cuda_kernels import *
-from .accumulate.backward import *
+from .accumulate.copied import *
 from .accumulate.tracing import *
 from .accumulate.steps import *
 from .accumulate.memory import *
@@ -42,6 +43,9 @@ from .accumulate.checkpointing import *
 from .accumulate.processes import *
 from .accumulate.case import *
 from .accumulate.benchmark import *
+from .accumulate.fused import *
+from .accumulate.costs import *
+from .accumulate.plan import *
 from .train.heads import *
 from .train.watch import *
 from .train.learner import *

@@ -8,12 +8,15 @@ __all__ = ['CategoryTarget']
 # %% ../../nbs/paddy_multi/kinds/03_category.ipynb #c002
 import warnings
 from collections.abc import Iterable
+from functools import cache
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from ..core.columns import OnDevice
 from ..core.values import first_few
+from .labelled import zero_where_missing
 from .losses import weights_of
 from .target import Target
 
@@ -68,6 +71,25 @@ class NamedClasses(Target):
     def aligned(self, acts, ref):
         return acts if self.vocab == ref.vocab else acts[:,[self.vocab.index(o) for o in ref.vocab]]
 
+# %% ../../nbs/paddy_multi/kinds/03_category.ipynb #cb112e5f
+@cache
+def edges_of(
+    width:int, # Number of classes
+)->OnDevice: # Half way between class numbers, and far behind them
+    "Edges with which `torch.bucketize` gives class numbers, `width` for what is none and `width+1` for NaN"
+    return OnDevice([*(i+.5 for i in range(width)), 1e30])
+
+def cross_entropies(
+    preds, # Logits `[n, width]`
+    ids, # Class numbers `[n]`
+    **kwargs, # For `F.cross_entropy`
+): # `[n]`
+    "The cross-entropy of each row"
+    if preds.device.type != 'cpu' or preds.shape[1] >= 16 or len(preds) < 1024:
+        return F.cross_entropy(preds, ids, reduction='none', **kwargs)
+    # On a CPU, PyTorch goes through many short rows several times as fast with the classes as an outer dimension
+    return F.cross_entropy(preds.t()[None], ids[None], reduction='none', **kwargs).squeeze(0)
+
 # %% ../../nbs/paddy_multi/kinds/03_category.ipynb #c008
 class CategoryTarget(NamedClasses):
     "One of several classes, learned with cross-entropy"
@@ -107,15 +129,20 @@ class CategoryTarget(NamedClasses):
         return torch.randint(len(self.vocab), (n, 1), generator=generator).float()
 
     def _for_loss(self, y): return y[:,0].long()
-    def _losses(self, preds, y):
-        if self.width >= 64: return F.cross_entropy(preds, self._for_loss(y), reduction='none')
-        # On a CPU, PyTorch goes through many short rows several times as fast with the classes as an outer dimension
-        return F.cross_entropy(preds.t()[None], self._for_loss(y)[None], reduction='none')[0]
+    def _losses(self, preds, y): return cross_entropies(preds, self._for_loss(y))
+    def labelled_losses(self, preds, y, valid):
+        "As of any target; a look-up turns labels into class numbers, and missing ones into a number to be left out"
+        if self.loss or type(self) is not CategoryTarget: return super().labelled_losses(preds, y, valid)
+        ids = torch.bucketize(y[:,0].contiguous(), edges_of(self.width)(y))
+        return cross_entropies(zero_where_missing(preds, valid), ids, ignore_index=self.width+1)
+
 
     def counts(self, y):
         "1 for each item, or the weight of its class"
         weight = weights_of(self.loss).get('weight')
         return super().counts(y) if weight is None else weight.to(y)[self._for_loss(y)]
+
+    def counts_alike(self): return type(self).counts is CategoryTarget.counts and 'weight' not in weights_of(self.loss)
 
     def activation(self, preds): return preds.softmax(1)
     def to_rows(self, acts): return acts.argmax(1, keepdim=True).float()

@@ -50,7 +50,7 @@ class CountTarget(NumberTarget):
             raise ValueError(f'{self.name}: the output of a count is a log-rate: leave log_input=False out')
 
     def _losses(self, preds, y):
-        return F.poisson_nll_loss(preds, y, log_input=True, reduction='none')[:,0]
+        return F.poisson_nll_loss(preds, y, log_input=True, reduction='none').squeeze(1)
 
     def activation(self, preds): return preds.exp()
     def to_units(self, column): return in_double(column)*self.mean

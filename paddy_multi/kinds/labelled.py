@@ -14,8 +14,9 @@ from numbers import Number, Real
 import torch
 from torch import Tensor
 
+from ..core.columns import zero
 from ..core.values import check_weight, is_missing, largest
-from .losses import NamedLoss, torch_name
+from .losses import NamedLoss, is_torchs, torch_name
 
 # %% ../../nbs/paddy_multi/kinds/01_labelled.ipynb #c006
 class TargetLabels:
@@ -100,7 +101,8 @@ class TargetLabels:
         y:Tensor, # Label columns `[n, n_cols]`
     )->Tensor: # `[n]` of bools
         "Which rows of `y` hold a label"
-        return ~(y[:,0].isnan() if self.n_cols == 1 else y.isnan().any(1))
+        there = y == y  # which no NaN is
+        return there[:,0] if self.n_cols == 1 else there.all(1)
 
 # %% ../../nbs/paddy_multi/kinds/01_labelled.ipynb #c011
 class TargetLoss(TargetLabels):
@@ -139,6 +141,10 @@ class TargetLoss(TargetLabels):
         "What each item counts in the denominator of a mean loss"
         return y.new_ones(len(y))
 
+    def counts_alike(self)->bool:
+        "Does each label count 1?"
+        return type(self).counts is TargetLoss.counts
+
     def random_rows(self,
         n:int, # Number of rows
         generator:torch.Generator=None, # Source of chance
@@ -168,10 +174,46 @@ def move_weights(
     bound = getattr(loss, 'keywords', {})
     bound.update({name: o.to(device) for name, o in bound.items() if isinstance(o, Tensor)})
 
+# %% ../../nbs/paddy_multi/kinds/01_labelled.ipynb #m002
+class ZeroWhereMissing(torch.autograd.Function):
+    "An output where there is a label, and 0 elsewhere, for losses whose gradient will be 0 there"
+    generate_vmap_rule = True
+    @staticmethod
+    def forward(preds, valid, zero): return torch.where(valid, preds, zero)
+    @staticmethod
+    def setup_context(ctx, inputs, output): pass
+    @staticmethod
+    def backward(ctx, grad): return grad.contiguous(), None, None
+
+def zero_where_missing(
+    preds:Tensor, # Output columns `[n, width]`
+    valid:Tensor, # Which rows have a label `[n]`
+)->Tensor: # `[n, width]`
+    "`preds` with 0 beside a missing label"
+    return ZeroWhereMissing.apply(preds, valid[:,None], zero(preds))
+
+# %% ../../nbs/paddy_multi/kinds/01_labelled.ipynb #m004
+class MaskedTarget(TargetLoss):
+    "A target whose missing labels have no loss and no gradient"
+    def labelled_losses(self,
+        preds:Tensor, # Output columns `[n, width]`
+        y:Tensor, # Label columns `[n, n_cols]`, NaN where missing
+        valid:Tensor, # Which rows have a label `[n]`
+    )->Tensor: # `[n]`, some finite number where the label is missing
+        "The loss of each item, whose gradient is 0 where the label is missing"
+        y = y.nan_to_num(0.)
+        if self._is_finite_at_0(): return self.losses(zero_where_missing(preds, valid), y)
+        return self.losses(preds.where(valid[:,None], 0.), y).where(valid, 0.)
+
+    def _is_finite_at_0(self):
+        "Is the loss one of this package or PyTorch's own, which are numbers for an output and a label of 0?"
+        if self.loss: return is_torchs(self.loss)
+        return type(self).__module__.startswith('paddy_multi.kinds.')
+
 # %% ../../nbs/paddy_multi/kinds/01_labelled.ipynb #c014
 _not_in_a_batch = {'get', 'name', 'metrics', 'n_train', 'n_labels', 'out', 'cols'}  # attributes of bookkeeping
 
-class GroupedTarget(TargetLoss):
+class GroupedTarget(MaskedTarget):
     "A target that knows which others can be computed in one call with it"
     def group_key(self)->tuple:
         "Targets with equal keys have one loss: that of the kind, or of one target alone where the user gave one"

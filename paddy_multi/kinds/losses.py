@@ -100,6 +100,13 @@ def torch_name(
     theirs = (o.__name__ for o in type(full).__mro__ if o.__module__ == nn.modules.loss.__name__)
     return next((name for name in theirs if not name.startswith('_')), None)
 
+def is_torchs(
+    loss, # A loss function or object
+)->bool:
+    "Is `loss` one of PyTorch's own, perhaps bound or wrapped, and no subclass?"
+    full = unbound(inner(loss))
+    return getattr(full, '__module__', None) == F.__name__ or type(full).__module__ == nn.modules.loss.__name__
+
 # %% ../../nbs/paddy_multi/kinds/00_losses.ipynb #7a678835
 def weights_of(
     loss, # A module, fastai's wrapper of one, or a function with bound arguments
@@ -190,4 +197,5 @@ class NamedLoss:
         if reduction == 'mean' and loss.numel() != 1:
             raise ValueError(f'{self.name}: expected a loss of one number a batch, found shape {tuple(loss.shape)}: '
                              'let it average')
-        return loss.reshape(len(pred), -1).mean(1) if reduction == 'none' else loss
+        if reduction != 'none' or loss.shape == (len(pred),): return loss
+        return loss.reshape(len(pred), -1).mean(1)

@@ -10,6 +10,7 @@ import math
 from numbers import Real
 
 import torch
+import torch.nn.functional as F
 
 from ..core.values import largest
 from .losses import inner, known_reading, same, torch_name
@@ -183,7 +184,10 @@ class RegressionTarget(ScaledTarget):
         width = (2*self.mean if high == math.inf else high)-low
         return torch.rand(n, 1, generator=generator)*(width/self.scale) + (low-self.shift)/self.scale
 
-    def _losses(self, preds, y): return (preds-y)[:,0]**2
+    def _losses(self, preds, y):
+        dtype = torch.result_type(preds, y)  # an output in half precision meets labels in float32
+        return F.mse_loss(preds.to(dtype), y.to(dtype), reduction='none').squeeze(1)
+
     def for_metric(self, preds, y): return self.to_units(self.activation(preds)[:,0]),self.to_units(y[:,0])
     def values(self):
         return super().values() + (f', from {self.range[0]:g} to {self.range[1]:g}' if self.range else '')

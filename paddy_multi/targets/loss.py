@@ -12,55 +12,63 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from ..core.columns import Columns, OnDevice, zero
 from ..core.tensors import plain
+from ..kinds.groups import groups_of
 from .encoded import TensorTargets
 from .table import TargetTable
 
-# %% ../../nbs/paddy_multi/targets/04_loss.ipynb #c007
-class TargetGroup:
-    "Targets that are computed in one call"
+# %% ../../nbs/paddy_multi/targets/04_loss.ipynb #t002
+class TableLosses:
+    "Losses of every item and target of a table, side by side in order of the groups"
     def __init__(self,
-        targets:list, # Fitted targets of one `group_key`
-        index:list=(), # Their places in the table
+        table:TargetTable, # Fitted targets
     ):
-        self.target,self.index,self.n = targets[0],index,len(targets)
-        self.out = _columns([t.out for t in targets])
-        self.cols = _columns([t.cols for t in targets])
+        self.table,self.groups = table,groups_of(table)
+        self.counts_alike = all(g.target.counts_alike() for g in self.groups)
+        self._out,self._cols = (Columns([o for g in self.groups for o in getattr(g, name)]) for name in ('out', 'cols'))
+        index = [i for g in self.groups for i in g.index]
+        self.grouped,self.in_order = Columns(index),Columns(sorted(index, key=index.__getitem__))
 
-    def rows(self,
+    def __call__(self,
         preds:Tensor, # Model output `[bs, n_out]`
-        targs:Tensor, # Encoded targets `[bs, n_cols]`
-    )->tuple: # Output `[bs*n, width]` and labels `[bs*n, n_cols]`, 0 where missing, and which are there `[bs*n]`
-        "A row for every item and target of the group"
-        rows = len(preds)*self.n
-        p,y = preds[:,self.out].reshape(rows, -1),targs[:,self.cols].reshape(rows, -1)
-        valid = self.target.valid(y)
-        return p.where(valid[:,None], 0.),y.nan_to_num(0.),valid
+        targs:Tensor, # Encoded targets `[bs, n_cols]`, NaN where missing
+    )->tuple: # Losses, which labels are there, and what these count, `[bs, n_targets]` each
+        "As `TargetGroup.item_losses`, of all groups"
+        check_width(self.table, preds, targs)
+        preds = self._cut(self._out(preds), [g.n*g.target.width for g in self.groups])
+        return self._joined(g.item_losses(p, y) for g, p, y in zip(self.groups, preds, self._labels(targs)))
 
-    def item_losses(self,
-        preds:Tensor, # Model output `[bs, n_out]`
-        targs:Tensor, # Encoded targets `[bs, n_cols]`
-    )->tuple: # Losses and counts `[bs, n]`, 0 where a label is missing
-        "Losses and counts of every item and target of the group"
-        p,y,valid = self.rows(preds, targs)
-        # Masked again: behind `rows` alone a missing label would have a loss,
-        # behind this alone 0 times an infinite gradient would be NaN
-        def masked(values): return torch.where(valid, values, 0.).view(len(preds), self.n)
-        return masked(self.target.losses(p, y)),masked(self.target.counts(y))
+    def item_counts(self,
+        targs:Tensor, # Encoded targets `[bs, n_cols]`, NaN where missing
+    )->tuple: # Which labels are there, and what these count, `[bs, n_targets]` each
+        "As `TargetGroup.item_counts`, of all groups"
+        check_width(self.table, None, targs)
+        return self._joined(g.item_counts(g.rows(y)) for g, y in zip(self.groups, self._labels(targs)))
 
-def _columns(slices):
-    "One slice where `slices` follow each other, else all their columns"
-    if all(a.stop == b.start for a, b in zip(slices, slices[1:])): return slice(slices[0].start, slices[-1].stop)
-    return [i for o in slices for i in range(o.start, o.stop)]
+    def _labels(self, targs): return self._cut(self._cols(targs), [g.n*g.target.n_cols for g in self.groups])
+    def _cut(self, x, widths): return [x] if len(widths) == 1 else x.split(widths, 1)
+    def _joined(self, found):
+        found = [*zip(*found)]
+        if len(self.groups) == 1: return [o for o, in found]
+        if self.counts_alike: found.pop()
+        found = [torch.cat(o, 1) for o in found]
+        return [*found, found[-1]] if self.counts_alike else found
 
-# %% ../../nbs/paddy_multi/targets/04_loss.ipynb #c008
-def groups_of(
+def check_width(
     table:TargetTable, # Fitted targets
-)->list: # `TargetGroup`s
-    "The targets of `table` in groups that one call computes"
-    found = {}
-    for i, target in enumerate(table): found.setdefault(target.group_key(), []).append((i, target))
-    return [TargetGroup([t for _, t in group], [i for i, _ in group]) for group in found.values()]
+    preds:Tensor, # Model output, None if it is not known
+    targs:Tensor, # Encoded targets
+):
+    "`ValueError` for an output or targets of another width than declared"
+    n_out,n_cols = table.n_out,table.n_cols
+    if preds is not None and (preds.ndim != 2 or preds.shape[1] != n_out):
+        raise ValueError(f'the targets {table.names} need an output [bs, {n_out}], '
+                         f'the model gives {list(preds.shape)}: set n_out={n_out}')
+    n = len(targs if preds is None else preds)
+    if targs.shape != (n, n_cols):
+        raise ValueError(f'expected encoded targets [{n}, {n_cols}], found {list(targs.shape)}: '
+                         'use Targets.block and Targets.get_y')
 
 # %% ../../nbs/paddy_multi/targets/04_loss.ipynb #c013
 LossParts = namedtuple('LossParts', 'sums counts')
@@ -73,52 +81,48 @@ class MultiTargetLoss:
         log_vars:nn.Parameter=None, # Learned log-variances `[n_targets]`, see `learn_weights`
     ):
         self.table,self.log_vars,self.reduction = table,log_vars,'mean'
-        self._groups,self._weights = groups_of(table),list(table.weights.values())
-        order = torch.tensor([i for g in self._groups for i in g.index]).argsort().tolist()
-        self._order = slice(None) if order == sorted(order) else order  # a slice costs nothing
+        self._losses = TableLosses(table)
+        self._weights = OnDevice(list(table.weights.values()))
+        self._factors = OnDevice([t.log_var_factor for t in table])
 
     def __call__(self, preds, targs, reduction=None, counts=None):
-        losses,own = self.item_parts(preds, targs)
-        weights = self.weights.to(losses)
         reduction = reduction or self.reduction
-        if reduction == 'sum': return (losses.sum(0)*weights).sum() + self.penalty()
-        if reduction == 'none' and not torch.is_grad_enabled(): return (losses*weights).sum(1)
-        counts = own.sum(0) if counts is None else counts
-        share = torch.where(counts > 0, weights/counts.where(counts > 0, 1.), 0.)
-        if reduction == 'none': return (losses*share).sum(1)*len(losses) + self.penalty()
-        if reduction == 'mean': return (losses.sum(0)*share).sum() + self.penalty()
-        raise ValueError(f"expected reduction 'mean', 'sum' or 'none', found {reduction!r}")
+        if reduction not in ('mean', 'sum', 'none'):
+            raise ValueError(f"expected reduction 'mean', 'sum' or 'none', found {reduction!r}")
+        losses,valid,own = self._losses(plain(preds), plain(targs))
+        if losses.dtype in (torch.float16, torch.bfloat16): losses = losses.float()
+        by_item = reduction == 'none' and not torch.is_grad_enabled()
+        if by_item or reduction == 'sum': share = self._weights_of(losses)
+        else: share = self._share(losses, own.sum(0) if counts is None else self._losses.grouped(counts))
+        factors = torch.where(valid, share, zero(losses))
+        if reduction == 'none': res = (losses*factors).sum(1)*(1 if by_item else len(losses))
+        else: res = torch.dot(losses.flatten(), factors.flatten().to(losses))
+        return res if by_item or self.log_vars is None else res + self.penalty()
 
-    def item_parts(self,
-        preds:Tensor, # Model output `[bs, n_out]`
-        targs:Tensor, # Encoded targets `[bs, n_cols]`, NaN where missing
-    )->LossParts: # Losses and counts of every item and target `[bs, n_targets]`, 0 where a label is missing
-        "What `parts` adds up; `ValueError` for an output or targets of another width than declared"
-        preds,targs = plain(preds),plain(targs)
-        n_out,n_cols = self.table.n_out,self.table.n_cols
-        if preds.ndim != 2 or preds.shape[1] != n_out:
-            raise ValueError(f'the targets {self.table.names} need an output [bs, {n_out}], '
-                             f'the model gives {list(preds.shape)}: set n_out={n_out}')
-        if targs.shape != (len(preds), n_cols):
-            raise ValueError(f'expected encoded targets [{len(preds)}, {n_cols}], found {list(targs.shape)}: '
-                             'use Targets.block and Targets.get_y')
-        losses,counts = zip(*(group.item_losses(preds, targs) for group in self._groups))
-        return LossParts(torch.cat(losses, 1)[:,self._order], torch.cat(counts, 1)[:,self._order])
+    def _share(self, losses, counts):
+        "What one label adds to the total, by target in order of the groups; of any size where there is none"
+        weights = self._weights_of(losses)
+        if self._losses.counts_alike and self.log_vars is None: return weights/counts
+        there = counts > 0
+        # The gradient of learned weights would be 0/0 where there is none
+        if self.log_vars is not None: counts = counts.where(there, 1.)
+        return torch.where(there, weights/counts, zero(weights))
+
+    def _weights_of(self, losses):
+        "Factor of each target beside `losses`, in order of the groups"
+        weights = self._weights(losses) if self.log_vars is None else self.weights.to(losses)
+        return self._losses.grouped(weights)
 
     @property
     def weights(self)->Tensor:
         "Factor of each target `[n_targets]`"
-        weights = torch.tensor(self._weights, dtype=torch.float64)  # cast to what the losses have where it is used
-        return weights if self.log_vars is None else weights.to(self.log_vars)*self._precision()
-
-    def _precision(self):
-        factors = self.log_vars.new_tensor([t.log_var_factor for t in self.table])
-        return torch.exp(-self.log_vars)*factors
+        if self.log_vars is None: return torch.tensor(self._weights.values, dtype=torch.float64)
+        return self._weights(self.log_vars)*torch.exp(-self.log_vars)*self._factors(self.log_vars)
 
     def penalty(self):
         "What the total has beside the targets' losses: 0, or the price of a large variance"
         if self.log_vars is None: return 0.
-        return (torch.tensor(self._weights, device=self.log_vars.device)*self.log_vars/2).sum()
+        return (self._weights(self.log_vars)*self.log_vars/2).sum()
 
     def __repr__(self): return f'MultiTargetLoss of\n{self.table}'
 
@@ -140,12 +144,22 @@ def parts(self:MultiTargetLoss,
     return LossParts(*(o.sum(0) for o in self.item_parts(preds, targs)))
 
 @patch
+def item_parts(self:MultiTargetLoss,
+    preds:Tensor, # Model output `[bs, n_out]`
+    targs:Tensor, # Encoded targets `[bs, n_cols]`, NaN where missing
+)->LossParts: # Losses and counts of every item and target `[bs, n_targets]`, 0 where a label is missing
+    "What `parts` adds up; `ValueError` for an output or targets of another width than declared"
+    losses,valid,counts = self._losses(plain(preds), plain(targs))
+    losses = torch.where(valid, losses, zero(losses))
+    return LossParts(*map(self._losses.in_order, (losses, counts.to(targs.dtype))))
+
+@patch
 def counts(self:MultiTargetLoss,
     targs:Tensor, # Encoded targets `[bs, n_cols]`, NaN where missing
 )->Tensor: # `[n_targets]`
     "The `counts` of `parts`, which need no output"
-    targs = plain(targs)
-    return self.item_parts(targs.new_zeros(len(targs), self.table.n_out), targs).counts.sum(0)
+    _,counts = self._losses.item_counts(plain(targs))
+    return self._losses.in_order(counts.sum(0).to(targs.dtype))
 
 # %% ../../nbs/paddy_multi/targets/04_loss.ipynb #c033
 @patch

@@ -14,9 +14,11 @@ import torch
 from fastai.learner import Metric, mk_metric
 from fastcore.basics import patch
 
+from ..core.columns import Columns, OnDevice, zero
 from ..core.tensors import plain
+from ..kinds.groups import TargetGroup
 from ..kinds.target import in_double
-from .loss import TargetGroup, check_same_targets
+from .loss import check_same_targets
 from .sliced_metrics import OneTarget, float64_kept, metric_name
 from .table import TargetTable
 
@@ -153,16 +155,17 @@ class ItemMeans:
         metric, # A metric for which their kind gives a value for each item
     ):
         self.group,self.metric,self._values = TargetGroup(targets),metric,None
-        self.scale = torch.tensor([float(t.scale) for t in targets], dtype=torch.float64)
+        self._out,self._cols = Columns(self.group.out),Columns(self.group.cols)
+        self._scale = OnDevice([float(t.scale) for t in targets])
 
     def __call__(self, preds, targs):
         if self._values is None: self._values = self.group.target.item_values(self.metric)
         if self.group.target.is_number: preds,targs = in_double(preds),in_double(targs)
-        p,y,valid = self.group.rows(preds, targs)
-        values = self._values(p, y)
+        p,y = self.group.rows(self._out(preds)),self.group.rows(self._cols(targs))
+        valid,values = self.group.target.valid(y),self._values(p, y.nan_to_num(0.))
         if values.dtype != torch.float64: values = values.float()
-        values = torch.where(valid, values, 0.)*self.scale.to(values).repeat(len(preds))
-        return tuple(o.view(len(preds), -1).sum(0) for o in (values, valid.to(values)))
+        sums,counts = (o.view(len(preds), -1).sum(0) for o in (values.where(valid, zero(values)), valid))
+        return sums*self._scale(values),counts
 
     def __getstate__(self): return {**self.__dict__, '_values': None}  # a function made here is not pickled
 
