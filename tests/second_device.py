@@ -38,8 +38,18 @@ def start(build):
     torch.utils.rename_privateuse1_backend(NAME)
     torch._register_device_module(NAME, Module(f'torch.{NAME}'))
     torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
-    torch.__future__.set_swap_module_params_on_conversion(True)  # a parameter that moves stays itself, as on a GPU
+    stay_themselves()
     be_default()
+
+def stay_themselves():
+    "A parameter that moves stays the same object, as on a GPU; where all are there already, nothing moves"
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    old = torch.nn.Module.to
+    def to(self, *args, **kwargs):
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        here = {o.device.type for o in (*self.parameters(), *self.buffers())}
+        return self if dtype is None and device is not None and here == {device.type} else old(self, *args, **kwargs)
+    torch.nn.Module.to = to
 
 def be_default():
     "fastai's `default_device`, in every module that has it"
