@@ -7,69 +7,18 @@ __all__ = ['CudaKernels']
 
 # %% ../../nbs/paddy_multi/accumulate/06_cuda_kernels.ipynb #n003
 import math
-import threading
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.cuda.amp.common
 import torch.nn.functional as F
-import fastai.torch_core  # noqa: F401, it makes `torch.as_subclass`
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-# %% ../../nbs/paddy_multi/accumulate/06_cuda_kernels.ipynb #n007
-def fake_like(
-    fake, # `FakeTensorMode`
-    t:Tensor, # A tensor, real or fake
-    device:str, # Kind of device that it shall be on
-)->FakeTensor: # Shape, strides and type of `t`, and no numbers
-    "`t` as a fake tensor on `device`, of which there need be none"
-    with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
-        elem = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device='meta')
-    return FakeTensor(fake, elem, torch.device(device, 0) if device == 'cuda' else torch.device(device))
+from ..core.fake_tensors import replaced_in_thread
 
-class CopyToFake(TorchFunctionMode):
-    "Inside it `deepcopy` makes fake tensors on `device`; what is shared stays shared"
-    def __init__(self, fake, device):
-        super().__init__()
-        self.fake,self.device = fake,device
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is Tensor.clone: return fake_like(self.fake, args[0], self.device)  # a parameter is copied so
-        if func is not Tensor.__deepcopy__: return func(*args, **kwargs or {})
-        t,memo = args
-        if id(t) not in memo: memo[id(t)] = fake_like(self.fake, t, self.device)
-        return memo[id(t)]
-
-# %% ../../nbs/paddy_multi/accumulate/06_cuda_kernels.ipynb #n010
-_one_at_a_time = threading.RLock()
-
-@contextmanager
-def replaced_in_thread(
-    module, # Any object
-    name:str, # A function of it
-    function, # What this thread calls instead
-):
-    "`module.name` is `function` for the thread that is inside, and what it was for others; one thread at a time"
-    with _one_at_a_time:
-        before,me = getattr(module, name),threading.get_ident()
-        def called(*args, **kwargs):
-            return (function if threading.get_ident() == me else before)(*args, **kwargs)
-        setattr(module, name, called)
-        try: yield
-        finally: setattr(module, name, before)
-
-def kept_plain(): # A context
-    "Inside it a fake tensor stays one where fastai would make one of its classes of it"
-    before = torch.as_subclass
-    def as_subclass(t, cls): return t if isinstance(t, FakeTensor) else before(t, cls)
-    return replaced_in_thread(torch, 'as_subclass', as_subclass)
-
-# %% ../../nbs/paddy_multi/accumulate/06_cuda_kernels.ipynb #n013
+# %% ../../nbs/paddy_multi/accumulate/06_cuda_kernels.ipynb #n008
 class CudaAutocast:
     "CUDA's autocast, where there need be no CUDA; whatever was entered before is as it was afterwards"
     def __init__(self, dtype, device='cuda'): self.dtype,self.device = dtype,device
@@ -92,12 +41,12 @@ def set_autocast(device, enabled, dtype, cache):
     torch.set_autocast_dtype(device, dtype)
     torch.set_autocast_cache_enabled(cache)
 
-# %% ../../nbs/paddy_multi/accumulate/06_cuda_kernels.ipynb #n016
+# %% ../../nbs/paddy_multi/accumulate/06_cuda_kernels.ipynb #n011
 def autocast_anywhere(): # A context
     "Inside it `torch.autocast('cuda')` may be entered without a GPU"
     return replaced_in_thread(torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False)
 
-# %% ../../nbs/paddy_multi/accumulate/06_cuda_kernels.ipynb #n019
+# %% ../../nbs/paddy_multi/accumulate/06_cuda_kernels.ipynb #n014
 @dataclass(frozen=True)
 class AttentionKernel:
     "What an implementation of attention can do"
@@ -135,7 +84,7 @@ def _width_fits(name, sm, dtype, width):
     tensor_cores = sm >= 80 or (sm >= 70 and dtype == _half)
     return not tensor_cores or width%(8 if dtype != _float else 4) == 0
 
-# %% ../../nbs/paddy_multi/accumulate/06_cuda_kernels.ipynb #n021
+# %% ../../nbs/paddy_multi/accumulate/06_cuda_kernels.ipynb #n016
 _aten = torch.ops.aten
 
 def _attention(sm, q, k, v, mask=None, dropout=0., causal=False, scale=None, enable_gqa=False):
@@ -167,7 +116,7 @@ def _rows_of_16(mask, name):
     if name != 'efficient' or n == 1 or n%16 == 0: return mask
     return F.pad(mask, (0, -n%16))[...,:n]
 
-# %% ../../nbs/paddy_multi/accumulate/06_cuda_kernels.ipynb #n023
+# %% ../../nbs/paddy_multi/accumulate/06_cuda_kernels.ipynb #n018
 _reserve = dict(lstm=5, gru=5, rnn_tanh=1, rnn_relu=1)
 
 class CudnnRNN(torch.autograd.Function):
@@ -198,7 +147,7 @@ class CudnnRNN(torch.autograd.Function):
         dws = [w.view(shape) for w,shape in zip(pieces, ctx.shapes)]
         return None, dx.transpose(0, 1) if ctx.first else dx, dhx, dcx, *dws
 
-# %% ../../nbs/paddy_multi/accumulate/06_cuda_kernels.ipynb #n024
+# %% ../../nbs/paddy_multi/accumulate/06_cuda_kernels.ipynb #n019
 _recurrent = {'lstm', 'gru', 'rnn_tanh', 'rnn_relu'}
 
 def _cudnn_rnn(kind, x, *args):
@@ -215,7 +164,7 @@ def _cudnn_rnn(kind, x, *args):
     with CudaAutocast(None): out,hy,cy = CudnnRNN.apply(how, x, hx, cx, *ws)
     return (out, hy) if cx is None else (out, hy, cy)
 
-# %% ../../nbs/paddy_multi/accumulate/06_cuda_kernels.ipynb #n026
+# %% ../../nbs/paddy_multi/accumulate/06_cuda_kernels.ipynb #n021
 class CudaKernels(TorchFunctionMode):
     "Attention and recurrent layers of fake CUDA tensors as the kernels that PyTorch takes on a card"
     def __init__(self,
@@ -244,61 +193,18 @@ def _is_cuda(args, kwargs):
 def _cast(o, dtype):
     return o.to(dtype) if isinstance(o, Tensor) and o.is_floating_point() and o.dtype != torch.float64 else o
 
-# %% ../../nbs/paddy_multi/accumulate/06_cuda_kernels.ipynb #n031
-class Answers(TorchDispatchMode):
-    "Answers what fake tensors cannot know by the case that takes the most memory"
-    limit = 10_000
-    def __init__(self,
-        fake, # `FakeTensorMode`
-        device:str, # Kind of device that everything is on
-    ):
-        super().__init__()
-        self.fake,self.device = fake,device
-        self.number,self.asked = 2,0  # what a number is, and how often was guessed
+# %% ../../nbs/paddy_multi/accumulate/06_cuda_kernels.ipynb #n026
+_in_float32 = {
+    'layer_norm', 'group_norm', 'batch_norm_stats', 'normalize', 'norm', 'linalg_vector_norm', 'cosine_similarity',
+    'softmax', 'log_softmax', 'softplus', 'exp', 'log', 'pow', 'rsqrt', 'sum', 'prod', 'cumsum',
+    'nll_loss', 'cross_entropy_loss', 'mse_loss', 'l1_loss', 'smooth_l1_loss', 'huber_loss'}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+def _to_float32(o):
+    return o.float() if isinstance(o, Tensor) and o.dtype in (torch.float16, torch.bfloat16) else o
+
+class CastsOfCuda(TorchFunctionMode):
+    "Casts to float32 that autocast makes on CUDA and not on a CPU"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        answer = _answers.get(func)
-        if answer is None or func is _aten.index.Tensor and not _has_mask(args[1]): return self._run(func, args, kwargs)
-        self.asked += 1
-        if self.asked > self.limit:
-            raise RuntimeError(f'numbers decide how often it repeats something: {func} was asked for {self.limit} times')
-        return answer(self, *args, **kwargs)
-
-    def _run(self, func, args, kwargs):
-        try: return func(*args, **kwargs)
-        except (RuntimeError, AssertionError):  # a real tensor on the CPU, which moves with the learner
-            moved = tree_map(self._moved, (args, kwargs))
-            if all(a is b for a, b in zip(torch.utils._pytree.tree_leaves((args, kwargs)), torch.utils._pytree.tree_leaves(moved))): raise
-            return func(*moved[0], **moved[1])
-
-    def _moved(self, o):
-        return fake_like(self.fake, o, self.device) if isinstance(o, Tensor) and o.ndim and o.device.type != self.device else o
-
-# %% ../../nbs/paddy_multi/accumulate/06_cuda_kernels.ipynb #n032
-def _number(self, x):
-    return True if x.dtype == torch.bool else float(self.number) if x.is_floating_point() else self.number
-
-def _all_places(self, x): return x.new_empty((x.numel(), x.ndim), dtype=torch.long)
-
-def _all_picked(self, x, mask): return x.new_empty(torch.broadcast_shapes(x.shape, mask.shape).numel())
-
-def _is_mask(o): return o is not None and o.dtype in (torch.bool, torch.uint8)
-
-def _has_mask(index): return any(map(_is_mask, index))
-
-def _all_rows(self, x, index):
-    places = []
-    for o in index: places += _all_places(self, o).unbind(1) if _is_mask(o) else [o]
-    return _aten.index.Tensor(x, places)
-
-def _packed(self, x, lengths, batch_first):
-    "As if all were as long as the longest: the sizes of steps are real numbers, since PyTorch reads them again"
-    items,steps = x.shape[:2] if batch_first else x.shape[1::-1]
-    with unset_fake_temporarily(): sizes = torch.full((steps,), items, dtype=torch.long)
-    return x.new_empty(items*steps, *x.shape[2:]), sizes
-
-_answers = {
-    _aten._local_scalar_dense.default: _number, _aten.nonzero.default: _all_places, _aten.equal.default: lambda *_: True,
-    _aten.masked_select.default: _all_picked, _aten.index.Tensor: _all_rows, _aten._pack_padded_sequence.default: _packed,
-    _aten._sample_dirichlet.default: lambda self, x, *_: torch.empty_like(x)}
+        if getattr(func, '__name__', '') in _in_float32: args,kwargs = tree_map(_to_float32, (args, kwargs))
+        return func(*args, **kwargs)

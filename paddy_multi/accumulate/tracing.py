@@ -9,28 +9,22 @@ __all__ = ['CountTensors']
 import math
 import warnings
 import weakref
-from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
-from copy import deepcopy
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.rnn import ModelResetter
 from fastai.torch_core import no_random, to_float
 from fastcore.basics import patch
-from fastcore.foundation import L
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .backward import Kept, backward
-from .cuda_kernels import (
-    Answers, CopyToFake, CudaAutocast, CudaKernels, autocast_anywhere, fake_like, kept_plain)
-from .microbatch import MicroBatch
+from .copied import (
+    ItemSpec, copied_learner, kept_attributes, one_item, optimizer_for, precision_of, set_trainable)
+from .cuda_kernels import CastsOfCuda, CudaAutocast, CudaKernels, autocast_anywhere
+from ..core.backward import Kept, backward
+from ..core.fake_tensors import Answers, fake_like, kept_plain
 
 # %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n007
 class CountTensors(TorchDispatchMode):
@@ -74,102 +68,7 @@ def by_place(self:CountTensors)->dict: # Live bytes
     for _,n,place in self._storages.values(): res[place] = res.get(place, 0)+n
     return res
 
-# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n010
-def _precision(learn, device):
-    "The type that autocast computes in, None without; fastai's mixed precision does nothing on a CPU"
-    cb = next(iter(learn._grab_cbs(MixedPrecision)), None)
-    if cb is None or device == 'cpu': return None
-    return dict(fp16=torch.float16, bf16=torch.bfloat16)[cb.amp_mode.value]
-
-# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n013
-_in_float32 = {
-    'layer_norm', 'group_norm', 'batch_norm_stats', 'normalize', 'norm', 'linalg_vector_norm', 'cosine_similarity',
-    'softmax', 'log_softmax', 'softplus', 'exp', 'log', 'pow', 'rsqrt', 'sum', 'prod', 'cumsum',
-    'nll_loss', 'cross_entropy_loss', 'mse_loss', 'l1_loss', 'smooth_l1_loss', 'huber_loss'}
-
-def _to_float32(o):
-    return o.float() if isinstance(o, Tensor) and o.dtype in (torch.float16, torch.bfloat16) else o
-
-class _CastsOfCuda(TorchFunctionMode):
-    "Casts to float32 that autocast makes on CUDA and not on a CPU"
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(func, '__name__', '') in _in_float32: args,kwargs = tree_map(_to_float32, (args, kwargs))
-        return func(*args, **kwargs)
-
-# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n016
-class ItemSpec(NamedTuple):
-    "An item's part of a batch"
-    shape:tuple # Without the dimension of the items
-    dtype:torch.dtype # Its type
-
-def one_item(
-    learn, # `Learner` with a training loader
-)->tuple: # Inputs and targets with an `ItemSpec` for every tensor, in tuples and dicts as they are; items in a batch
-    "What one item of the training loader is like; of texts, one of the longest that are loaded first"
-    dl = learn.dls.train
-    with no_random(): batch = dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))
-    i = getattr(learn.dls, 'n_inp', 1 if len(batch) == 1 else len(batch)-1)
-    batch = tree_map(lambda o: dict(o) if isinstance(o, Mapping) else o, tuple(batch))
-    first = next((o for o in tree_leaves(batch) if isinstance(o, Tensor) and o.ndim), None)
-    if first is None: raise ValueError(f'expected a tensor in a batch, found {batch!r}')
-    bs = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or len(first)
-    def spec(o):
-        is_items = isinstance(o, Tensor) and o.ndim and len(o) == len(first)
-        return ItemSpec(tuple(o.shape[1:]), o.dtype) if is_items else o
-    return (tree_map(spec, batch[:i]), tree_map(spec, batch[i:])), bs
-
-# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n018
-def _set_trainable(learn, model, trainable):
-    "Parameter groups of the copy `model`: 'all' trains, 'as is', or the 'head' alone"
-    if trainable != 'as is': model.requires_grad_(True)
-    groups = list(learn.splitter(model))
-    groups = [groups] if isinstance(groups[0], Tensor) else [list(g) for g in groups]
-    if trainable == 'head':
-        for g in groups[:-1]:
-            for p in g: p.requires_grad_(False)
-    return [[p for p in g if p.requires_grad] for g in groups]
-
-# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n020
-def _optimizer(learn, groups, device):
-    "The learner's optimizer; on CUDA, PyTorch's own go through all parameters at once, with temporaries"
-    opt = learn.opt_func(groups, lr=learn.lr)
-    for g in getattr(getattr(opt, 'opt', None), 'param_groups', []):
-        undecided = 'foreach' in g and g['foreach'] is None and not g.get('fused')
-        if undecided: g['foreach'] = device == 'cuda'
-    return opt
-
-# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n023
-_of_a_batch = 'before_batch', 'after_pred', 'after_loss'
-
-def _has_part(cb):
-    if isinstance(cb, (MixedPrecision, MicroBatch)): return False
-    return isinstance(cb, ModelResetter) or any(hasattr(cb, o) for o in _of_a_batch)
-
-def _copied(learn, fake, device):
-    "A learner of its own that holds copies on fake tensors, and no data"
-    new = object.__new__(type(learn))
-    vars(new).update(vars(learn), training=True, epoch=0, n_epoch=1, iter=0, train_iter=0, n_iter=1, pct_train=0.)
-    memo = {id(learn): new, id(learn.dls): learn.dls, id(getattr(learn, 'opt', None)): None}
-    with CopyToFake(fake, device):
-        new.model = deepcopy(learn.model, memo).train()
-        new.loss_func = deepcopy(learn.loss_func, memo)
-        new.cbs = L(deepcopy(cb, memo) for cb in learn.cbs if _has_part(cb))
-    vars(new).update({cb.name: cb for cb in new.cbs})
-    return new
-
-# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n026
-@contextmanager
-def _kept_attributes(objects):
-    "Attributes of `objects` are after the block what they were before"
-    before = [(o, dict(vars(o))) for o in objects]
-    try: yield
-    finally:
-        for o,attributes in before:
-            vars(o).clear()
-            vars(o).update(attributes)
-
-# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n029
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n011
 class TracedStep:
     "A training step of `learn` on fake tensors: `run` it for any number of items"
     def __init__(self,
@@ -183,22 +82,22 @@ class TracedStep:
         counter=CountTensors, # Class of the mode that counts
         sm:int=90, # Compute capability of the card, 10 times
     ):
-        self.item,self.sm,self.dtype = item,sm,_precision(learn, device) if dtype == 'learner' else dtype
+        self.item,self.sm,self.dtype = item,sm,precision_of(learn, device) if dtype == 'learner' else dtype
         # 'cuda', 'cpu', or 'formula': a step for CUDA by a PyTorch that was built without it
         self.kernels = 'formula' if device == 'cuda' and not torch.backends.cuda.is_built() else device
         self.device = 'cuda' if self.kernels == 'cuda' else 'cpu'
         self.fake,self.count = FakeTensorMode(allow_non_fake_inputs=True),counter()
         self.answers = Answers(self.fake, self.device)
-        self.learn = _copied(learn, self.fake, self.device)
+        self.learn = copied_learner(learn, self.fake, self.device)
         self.model = self.learn.model
         with self._tracing():
             if prepare: prepare(self.model)
-            groups = _set_trainable(learn, self.model, trainable)
+            groups = set_trainable(learn, self.model, trainable)
             self.params = [p for p in self.model.parameters() if p.requires_grad]
             self.count.add([*self.model.parameters(), *self.model.buffers()])
             self.parameters = self.count.live
             self.gradients,self.state,self.update,self.keeps_gradients = 0,0,0,True
-            if optimizer: self._count_update(_optimizer(learn, groups, device))
+            if optimizer: self._count_update(optimizer_for(learn, groups, device))
 
     @contextmanager
     def _tracing(self):
@@ -224,7 +123,7 @@ class TracedStep:
         opt.zero_grad()
         self.learn.opt,self.keeps_gradients = opt,any(p.grad is not None for p in self.params)
 
-# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n033
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n015
 @patch
 def _batch(self:TracedStep, m):
     "Inputs and targets of `m` items"
@@ -239,8 +138,8 @@ def _start(self:TracedStep, m, gradients):
     learn,count = self.learn,self.count
     self._set_gradients(self.keeps_gradients if gradients is None else gradients)
     self.answers.number,self.answers.asked,self.inputs = m,0,-count.live
-    learn.xb,learn.yb = self._batch(m)
-    count.add([learn.xb, learn.yb])
+    learn.xb,learn.yb = learn.batch = self._batch(m)  # the loader holds it, whatever callbacks make of it
+    count.add(learn.batch)
     self.inputs += count.live
     self.base,count.line,count.peak = count.live,[],count.live
     self._event('before_train')
@@ -255,7 +154,7 @@ def _event(self:TracedStep, event):
             warnings.warn(f'{type(cb).__name__}.{event} cannot be run without real tensors ({type(e).__name__}): '
                           'what it takes is not counted')
 
-# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n036
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n018
 def _loss_or_stand_in(learn):
     "The loss of the learner's output; one that cannot be run has a log-softmax in its place"
     try: return learn.loss_func(learn.pred, *learn.yb)
@@ -271,7 +170,7 @@ def _forward(self:TracedStep):
     learn = self.learn
     with ExitStack() as stack:
         stack.enter_context(CudaAutocast(self.dtype, self.device))
-        if self.kernels == 'formula' and self.dtype: stack.enter_context(_CastsOfCuda())
+        if self.kernels == 'formula' and self.dtype: stack.enter_context(CastsOfCuda())
         learn.pred = learn.model(*learn.xb)
         self._event('after_pred')
         if self.dtype: learn.pred = to_float(learn.pred)
@@ -281,7 +180,7 @@ def _forward(self:TracedStep):
     self.outputs = sum(o.numel()*o.element_size() for o in tree_leaves(learn.pred) if isinstance(o, Tensor))
     return learn.loss_grad
 
-# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n038
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n020
 @patch
 def run(self:TracedStep,
     m:int, # Items
@@ -303,7 +202,7 @@ def run(self:TracedStep,
 @contextmanager
 def _running(self:TracedStep):
     objects = [self.learn, *self.learn.cbs, *self.model.modules()]
-    with self._tracing(), _kept_attributes(objects): yield
+    with self._tracing(), kept_attributes(objects): yield
 
 @patch
 def _backward(self:TracedStep, walk, *args):
@@ -312,7 +211,7 @@ def _backward(self:TracedStep, walk, *args):
     walk(loss, *args)
     self.after = self.count.live-self.base                       # and after backward: gradients that were made, outputs
 
-# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n043
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n025
 @patch
 def validate(self:TracedStep,
     m:int, # Items
