@@ -32,6 +32,7 @@ from .accumulate.batches import *
 from .accumulate.loss_check import *
 from .accumulate.coupling import *
 from .accumulate.outputs import *
+from .accumulate.passes import *
 from .accumulate.whole_head import *
 from .accumulate.microbatch import *
 from .accumulate.cuda_kernels import *

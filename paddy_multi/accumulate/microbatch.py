@@ -5,179 +5,200 @@
 # %% auto #0
 __all__ = ['MicroBatch']
 
-# %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #c003
+# %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #n003
 import gc
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from warnings import warn
 
 import torch
-from fastai.callback.core import Callback, CancelBackwardException, CancelBatchException, CancelStepException
-from fastai.callback.fp16 import MixedPrecision
-from fastai.torch_core import get_random_states, set_random_states, to_concat, to_detach
+from fastai.callback.core import CancelBatchException, CancelStepException
+from fastai.torch_core import get_random_states, set_random_states
 from fastcore.basics import patch
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from .batches import batch_size, check_learner, even_chunks, is_out_of_memory
-from .batches import show_items, whole_again
+from .batches import (batch_size, check_learner, even_chunks, is_out_of_memory, joined,
+                                            show_items, whole_again)
 from .chunks import learner_chunk_loss
-from .whole_head import backward_in_chunks, body_and_head, features_in_chunks
+from .coupling import mixing_layers, rows_of_state
+from .outputs import (FewItems, NotKept, Reach, detached, equal_chunks, is_compiled,
+                                            keeps_outputs, reuses_memory)
+from .passes import Passes, warns_of_mixing
+from .whole_head import backward_in_chunks, body_and_head, features_in_chunks, one_input
 from ..core.tensors import restore_buffers
 
-# %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #c012
-class MicroBatch(Callback):
-    "Run every training batch `bs` items at a time, and update once, as the whole batch would"
-    order,run_valid = math.inf,False  # after all that prepare the batch
+# %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #n012
+class MicroBatch(Passes):
+    "Run every batch `bs` items at a time, and update once, as the whole batch would"
+    order,reads_outputs = math.inf,False  # after all that prepare the batch
+    _mixes = None
     def __init__(self,
         bs:int, # Items on the device at a time
         whole_head:bool=False, # Run the last part and the loss on the whole batch? Exact with BatchNorm there
         auto:bool=False, # When memory runs out, halve `bs` and do the batch again?
+        valid:bool=True, # Run the batches of validation and of predictions in chunks too?
+        split=None, # Function of `(xb, yb, items)` that gives `(xb, yb)` of `items`, a slice, for batches of any form
+        keep:bool=None, # Keep the output of a training batch? By itself, where a metric or a callback reads it
     ):
         if isinstance(bs, bool) or not isinstance(bs, int) or bs < 1:
             raise ValueError(f'bs is the number of items that are run at a time, a positive int; found {bs!r}')
-        self.bs,self.whole_head,self.auto = bs,whole_head,auto
+        if split is not None and not callable(split):
+            raise TypeError(f'split is a function of (xb, yb, items) that gives (xb, yb) of these items; found {split!r}')
+        if keep not in (None, True, False):
+            raise ValueError(f'keep is True, False or None, which asks metrics and callbacks; found {keep!r}')
+        self.bs,self.whole_head,self.auto,self.valid,self.split,self.keep = bs,whole_head,auto,valid,split,keep
 
     def __call__(self, event_name):
         "As any callback, but an error of the model or the loss stays as it is"
         if event_name != 'before_batch': return super().__call__(event_name)
-        if self.run and self.training: self.before_batch()
+        if self.run and (self.training or self.valid): self.before_batch()
 
-# %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #c015
+# %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #n015
 @patch
 def before_fit(self:MicroBatch):
     "Refuse what cannot be split"
     if self.learn.lock.locked(): return  # validation, which never unlocks the learner after an error here
     check_learner(self.learn, self)
     if self.whole_head: body_and_head(self.model)
-    self._compared = self._warned = False
+    self._batches,self._reach,self._warned,self._mixes = 0,Reach(),False,None
 
-# %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #c018
+# %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #n018
 @patch
-def _set_loss(self:MicroBatch, loss):
-    "Hand `loss` to the other callbacks, one of which leaves autocast"
-    self.learn.loss_grad,self.learn.loss = loss,loss.clone()
-    self._in_autocast = False
-    self.learn('after_loss')
-
-@patch
-def _enter_autocast(self:MicroBatch):
-    "Go back to autocast, which fastai enters once and leaves after every loss"
-    if not self._in_autocast:
-        for cb in self.learn._grab_cbs(MixedPrecision): cb.before_batch()
-    self._in_autocast = True
-
-@patch
-def _leave_autocast(self:MicroBatch):
-    if self._in_autocast:
-        for cb in self.learn._grab_cbs(MixedPrecision): cb.after_loss()
-    self._in_autocast = False
+def _chunks(self:MicroBatch):
+    "A slice for each chunk of the batch, and the number of items in each"
+    chunks = (equal_chunks if is_compiled(self.model) else even_chunks)(self._n, self.bs)
+    return chunks, [o.stop-o.start for o in chunks]
 
 @patch
 @contextmanager
-def _autocast(self:MicroBatch):
-    "In autocast inside the block, if the learner uses it"
-    self._enter_autocast()
-    try: yield
-    finally: self._leave_autocast()
+def _rows(self:MicroBatch):
+    "Gives each chunk the rows of hidden state that are its own"
+    rows = rows_of_state(self.model, self._n)
+    try: yield rows
+    finally: rows.whole()
 
-# %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #c022
 @patch
-def _compare(self:MicroBatch, found):
-    "`ValueError` unless the chunks' losses add up to `found`, that of the whole batch"
-    learn = self.learn
-    whole = learn.loss_func(learn.pred, *learn.yb).detach()
-    rtol = .05 if torch.finfo(found.dtype).eps > 1e-4 else 1e-4
-    close = torch.isclose(found.double(), whole.double(), rtol=rtol, atol=1e-6, equal_nan=True)
-    if not close.all():
-        learn.opt.zero_grad()
-        name = getattr(learn.loss_func, '__name__', type(learn.loss_func).__name__)
-        raise ValueError(f'{name} does not add up over chunks: {float(found):.6g} from chunks of {self.bs}, '
-                         f'{float(whole):.6g} from the whole batch of {self._n}. Give it a method '
-                         '`parts(preds, targs)` as MultiTargetLoss has, or run the loss on whole batches: '
-                         f'MicroBatch({self.bs}, whole_head=True)')
-    self._compared = True
+def _output(self:MicroBatch, rows, items):
+    "Output of the model for the `items` that the learner shows"
+    if self._reused: torch.compiler.cudagraph_mark_step_begin()
+    rows.show(items)
+    out = self.model(*self.learn.xb)
+    rows.keep(items)
+    return out
 
-# %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #c025
+# %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #n021
+@patch
+def _train_chunk(self:MicroBatch, rows, items, part):
+    "Forward and backward of the `items` that the learner shows; gives their part of the batch's loss"
+    self._shown = items.stop-items.start
+    learn,share = self.learn,self._shown/self._n
+    self.enter_autocast()
+    learn.pred = self._output(rows, items)
+    learn('after_pred')
+    self.set_loss(part(learn.pred, *learn.yb)/share)
+    self.backward(share, own=self._reused)
+    learn.loss,learn.loss_grad = learn.loss.detach(),None  # without the graph
+    return learn.loss*share
+
+@patch
+def _looks_at_loss(self:MicroBatch, known):
+    "Is this batch one that the loss is checked on?"
+    new,self._batches = known or self._reach.grows(self.learn.yb),self._batches+1
+    return self._batches == 1 or not known and (new or self._batches%50 == 1)
+
 @patch
 def _run_chunks(self:MicroBatch):
-    "Forward and backward of every chunk; leaves the whole batch's loss and output in the learner"
-    learn,preds = self.learn,[]
-    total = summed = 0.  # with what other callbacks add to the loss, and without
-    part,adds_up = learner_chunk_loss(learn)
-    with whole_again(learn) as whole:
-        for items in even_chunks(self._n, self.bs):
-            show_items(learn, whole, items)
-            share = len(learn.yb[0])/self._n
-            self._enter_autocast()
-            learn.pred = learn.model(*learn.xb)
-            learn('after_pred')
-            loss = part(learn.pred, *learn.yb)
-            self._set_loss(loss/share)
-            total = total + learn.loss.detach()*share
-            summed = summed + loss.detach()
-            learn.loss_grad = learn.loss_grad*share
-            learn._with_events(learn._backward, 'backward', CancelBackwardException)
-            preds.append(to_detach(learn.pred, cpu=False, gather=False))
-    learn.pred,learn.loss,learn.loss_grad = to_concat(preds),total,total
-    if self._n > self.bs and not (adds_up and self._compared): self._compare(summed)
+    "Forward and backward of every chunk; leaves the loss and the output of the whole batch in the learner"
+    learn,total,outs,self._shown = self.learn,0.,[],self._n
+    part,known = learner_chunk_loss(learn, count=lambda *targs: self._shown)
+    looks = self._n > self.bs and self._looks_at_loss(known)
+    keep = keeps_outputs(learn) if self.keep is None else self.keep
+    few,(chunks,sizes) = FewItems(learn.yb, self._n),self._chunks()
+    with whole_again(learn) as whole, self._rows() as rows:
+        for items in chunks:
+            show_items(learn, whole, items, self.split)
+            total = total + self._train_chunk(rows, items, part)
+            if looks: few.add(learn.pred, learn.yb, items)
+            if keep: outs.append(detached(learn.pred, copied=self._reused))
+            learn.pred = None
+        if looks: self.check_loss(*few.all(), self.bs)
+    learn.pred,learn.loss,learn.loss_grad = joined(outs, sizes) if keep else NotKept(),total,total
 
-# %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #c030
+# %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #n026
 @patch
-def _warn_batchnorm(self:MicroBatch):
-    "Warn, once a fit, about layers that take their statistics from a chunk"
-    if self._warned or self._n <= self.bs: return
-    self._warned = True
-    model = body_and_head(self.model)[0] if self.whole_head else self.model
-    layers = [name for name,m in model.named_modules() if isinstance(m, _BatchNorm) and m.training]
-    if layers: warn(_batchnorm_text(layers, self.bs, self._n, self.whole_head), stacklevel=2)
+@contextmanager
+def _warning(self:MicroBatch):
+    "Watch the first chunked batch of a fit, and warn of layers whose chunks are not parts of a batch"
+    watched = nullcontext()
+    if self._n > self.bs and not self._warned:
+        model = body_and_head(self.model)[0] if self.whole_head else self.model
+        self._warned,watched = True,warns_of_mixing(model, self.learn.xb, self._n, self.bs, self.whole_head)
+    with watched: yield
 
-def _batchnorm_text(layers, bs, n, whole_head):
-    more = f' and {len(layers)-4} more' if len(layers) > 4 else ''
-    head = '' if whole_head else (f'MicroBatch({bs}, whole_head=True) if they are in the head, '
-                                  'a head without them (head_norm), ')
-    return (f'BatchNorm takes its statistics from {bs} items, not from the batch of {n}, so the updates are not '
-            f'those of whole batches. Layers: {", ".join(layers[:4])}{more}. Ways out: {head}frozen statistics '
-            '(freeze the body, with BnFreeze), or a model with GroupNorm or LayerNorm')
-
-# %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #c033
+# %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #n029
 @patch
 def _run_whole_head(self:MicroBatch):
     "Body in chunks, head and loss on the whole batch, then the body again for its gradients"
     learn,(body,head) = self.learn,body_and_head(self.model)
-    if len(learn.xb) != 1:
-        raise ValueError(f'whole_head needs a model with one input, found {len(learn.xb)}: '
-                         f'make them one tensor, or use MicroBatch({self.bs})')
+    x,chunks = one_input(learn.xb, self.bs),even_chunks(self._n, self.bs)
     trains = any(p.requires_grad for p in body.parameters())
-    chunks = even_chunks(self._n, self.bs)
     with whole_again(learn):
-        self._enter_autocast()
-        with torch.no_grad(): feats,starts = features_in_chunks(body, learn.xb[0], chunks, again=trains)
+        self.enter_autocast()
+        with torch.no_grad(): feats,starts = features_in_chunks(body, x, chunks, again=trains)
         torch.clear_autocast_cache()  # of weights that were cast without a graph
         feats.requires_grad_(trains)
         learn.pred = head(feats)
         learn('after_pred')
-        self._set_loss(learn.loss_func(learn.pred, *learn.yb))
-        learn._with_events(learn._backward, 'backward', CancelBackwardException)
-        if feats.grad is not None:
-            backward_in_chunks(body, learn.xb[0], chunks, starts, feats.grad, self._autocast)
-    learn.pred,learn.loss = to_detach(learn.pred, cpu=False, gather=False),learn.loss.detach()
+        self.set_loss(learn.loss_func(learn.pred, *learn.yb))
+        self.backward()
+        if feats.grad is not None: backward_in_chunks(body, x, chunks, starts, feats.grad, self.autocast)
+    learn.pred,learn.loss,learn.loss_grad = detached(learn.pred),learn.loss.detach(),learn.loss_grad.detach()
 
-# %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #c036
+# %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #n032
+@patch
+def _run_valid(self:MicroBatch):
+    "Output of every chunk, and the loss of the whole batch if it has targets"
+    learn,xb,yb = self.learn,self.learn.xb,self.learn.yb
+    try: outs,sizes = self._outputs(xb, yb)
+    finally: learn.xb,learn.yb = xb,yb
+    learn.pred = joined(outs, sizes)
+    learn('after_pred')
+    if len(learn.yb):
+        learn.loss_grad = learn.loss_func(learn.pred, *learn.yb)
+        learn.loss = learn.loss_grad.clone()
+    learn('after_loss')
+
+@patch
+def _outputs(self:MicroBatch, xb, yb):
+    "Outputs of the chunks and their sizes; a single one under a whole head"
+    if self.whole_head and self._n > self.bs:
+        body,head = body_and_head(self.model)
+        feats,_ = features_in_chunks(body, one_input(xb, self.bs), even_chunks(self._n, self.bs), again=False)
+        return [head(feats)], [self._n]
+    outs,(chunks,sizes) = [],self._chunks()
+    with self._rows() as rows:
+        for items in chunks:
+            show_items(self.learn, (xb, yb, []), items, self.split)
+            outs.append(detached(self._output(rows, items), copied=self._reused))
+    return outs, sizes
+
+# %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #n035
 @patch
 def _fits(self:MicroBatch, run):
     "Whether `run` had enough memory; if not, nothing is left of it"
     buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()] if self.auto else []
+    self.forget()
     try:
         run()
         return True
     except BaseException as e:
-        self._leave_autocast()
+        self.leave_autocast()
         if not self.auto or min(self.bs, self._n) == 1 or not is_out_of_memory(e): raise
     # Outside of `except`, whose traceback holds the tensors of the failed run
+    self.enter_autocast()
     restore_buffers(buffers)
     self.learn.pred = self.learn.loss = self.learn.loss_grad = None
     gc.collect()
-    torch.cuda.empty_cache()
+    if torch.cuda.is_available(): torch.cuda.empty_cache()
     return False
 
 @patch
@@ -190,15 +211,33 @@ def _until_it_fits(self:MicroBatch, run):
     if self.bs == tried: return
     warn(f'MicroBatch ran out of memory with {tried} items at a time and goes on with {self.bs}', stacklevel=2)
 
-# %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #c039
+# %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #n038
 @patch
 def before_batch(self:MicroBatch):
-    "Run the chunks and make the step, then tell fastai that nothing is left to do"
-    if not len(self.yb): return  # nor does fastai update without a target
-    self._n = batch_size((self.xb, self.yb))
-    self._in_autocast = True  # fastai has entered it
-    self._warn_batchnorm()
-    self._until_it_fits(self._run_whole_head if self.whole_head and self._n > self.bs else self._run_chunks)
+    "Run the chunks, and make the step of a training batch; then tell fastai that nothing is left to do"
+    if self.training and not len(self.yb): return  # nor does fastai update without a target
+    self._n,self._reused = batch_size(self.xb, self.yb, self.split),reuses_memory(self.model)
+    if not self.training and self._mixes_in_valid(): return
+    self.begin()
+    if self.training: self._train()
+    else: self._until_it_fits(self._run_valid)
+    raise CancelBatchException
+
+@patch
+def _mixes_in_valid(self:MicroBatch):
+    "Do layers mix the items of a batch in validation too? Asked at the first batch that is larger than a chunk"
+    if self._n <= self.bs or self.whole_head: return False
+    if self._mixes is None: self._mixes = bool(mixing_layers(self.model, self.learn.xb, self._n))
+    return self._mixes
+
+@patch
+def _train(self:MicroBatch):
+    "Gradient of the batch, then the step"
+    run = self._run_whole_head if self.whole_head and self._n > self.bs else self._run_chunks
+    with self._warning(): self._until_it_fits(run)
+    try: self.backward_done()
+    except BaseException:
+        self.opt.zero_grad()
+        raise
     self.learn._with_events(self.learn._step, 'step', CancelStepException)
     self.opt.zero_grad()
-    raise CancelBatchException

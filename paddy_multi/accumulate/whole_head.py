@@ -5,25 +5,36 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/paddy_multi/accumulate/04_whole_head.ipynb #c003
+# %% ../../nbs/paddy_multi/accumulate/04_whole_head.ipynb #n003
 from contextlib import nullcontext
 
 import torch
 from fastai.torch_core import get_random_states, set_random_states
 from torch import Tensor, nn
 
+from ..core.nested import found
 from ..core.tensors import kept_buffers
 
-# %% ../../nbs/paddy_multi/accumulate/04_whole_head.ipynb #c006
+# %% ../../nbs/paddy_multi/accumulate/04_whole_head.ipynb #n006
 def body_and_head(
     model:nn.Module, # As `vision_learner` makes it: a `Sequential`
 )->tuple:
-    "All but the last part of `model`, and the last; `ValueError` for a model without parts"
+    "All but the last part of `model`, and the last, not compiled; `ValueError` for a model without parts"
+    model = getattr(model, '_orig_mod', model)
     if isinstance(model, nn.Sequential) and len(model) > 1: return model[:-1], model[-1]
     raise ValueError('whole_head needs a model nn.Sequential(body, head), as vision_learner makes it, '
                      f'found {type(model).__name__}')
 
-# %% ../../nbs/paddy_multi/accumulate/04_whole_head.ipynb #c009
+def one_input(
+    xb:tuple, # Inputs of the whole batch
+    bs:int, # Items at a time
+)->Tensor:
+    "The input, if it is one tensor; else `ValueError`"
+    if len(xb) == 1 and isinstance(xb[0], Tensor): return xb[0]
+    raise ValueError(f'whole_head needs a model with one input, a tensor, found {found(tuple(xb))}: '
+                     f'make it one tensor, or use MicroBatch({bs})')
+
+# %% ../../nbs/paddy_multi/accumulate/04_whole_head.ipynb #n009
 def features_in_chunks(
     body:nn.Module, # What makes the features
     x:Tensor, # Inputs of the whole batch
@@ -35,10 +46,15 @@ def features_in_chunks(
     with kept_buffers(body) if again else nullcontext():
         for items in chunks:
             starts.append(get_random_states())
-            feats.append(body(x[items]))
+            feats.append(_one_tensor(body(x[items]), items.stop-items.start))
     return torch.cat(feats), starts
 
-# %% ../../nbs/paddy_multi/accumulate/04_whole_head.ipynb #c012
+def _one_tensor(feats, n):
+    if isinstance(feats, Tensor) and feats.ndim and len(feats) == n: return feats
+    raise ValueError('whole_head needs a body that gives one tensor with the items along the first dimension, '
+                     f'found {found(feats)} for {n} items')
+
+# %% ../../nbs/paddy_multi/accumulate/04_whole_head.ipynb #n012
 def backward_in_chunks(
     body:nn.Module, # What made the features
     x:Tensor, # Inputs of the whole batch
