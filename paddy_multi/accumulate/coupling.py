@@ -144,17 +144,18 @@ def mixing_layers(
     return [f'{name or "model"} ({type(m).__name__})' for name,m in model.named_modules() if type(m) in kinds]
 
 def _two_batches(xb, n):
-    "The first item beside another one, and beside a third that differs from it; None if there is no such item"
-    def beside(k): return cut(xb, torch.tensor([0]+[k]*(_rows-1)), n)
-    second = beside(1) if n > 2 else None
-    return next(((second, o) for o in map(beside, range(2, n)) if not are_same(o, second)), None)
+    "The first item with copies of the second, and with others; None if there are no others"
+    if n < 3: return None
+    others = [1]*(_rows-1),[2 + i%(n-2) for i in range(_rows-1)]
+    one,two = (cut(xb, torch.tensor([0, *o]), n) for o in others)
+    return None if are_same(one, two) else (one, two)
 
 # %% ../../nbs/paddy_multi/accumulate/03_coupling.ipynb #n021
 def _first_mixing(trials, one, two):
     "Innermost modules that see the same first item in both batches, and give another output for it"
     runs = [_watched_run(trials, xb) for xb in (one, two)]
     found = [m for (m,ins,outs),(_,ins2,outs2) in zip(*runs)
-             if ins and are_same(ins, ins2) and not are_same(outs, outs2, 1e-4)]
+             if ins and are_same(ins, ins2) and not are_same(outs, outs2, 1e-4) and not isinstance(m, nn.RNNBase)]
     return [m for m in found if not any(o in found for o in [*m.modules()][1:])]
 
 def _watched_run(trials, xb):
@@ -188,8 +189,7 @@ def scalar_adds_up(
     try:
         with Trials(model) as trials:
             whole = scalars(0, m)
-            pairs = zip(scalars(0, m//2), scalars(m//2, m)) if whole and m > 1 else []
-            means = [(a*(m//2) + b*(m - m//2))/m for a,b in pairs]
+            means = [sum(o)/m for o in zip(*(scalars(i, i+1) for i in range(m)))] if whole else []
     except Exception: return True
     return not means or are_same(means, whole, 1e-3)
 
