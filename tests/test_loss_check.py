@@ -270,6 +270,18 @@ def test_text():
                                  'or run the loss on whole batches: MicroBatch(7, whole_head=True)')
 
 
+def test_an_error_of_the_loss_says_where_it_came_from():
+    def hardest_20(p, y): return F.cross_entropy(p, y, reduction='none').topk(20)[0].mean()
+    with pytest.raises(RuntimeError, match='out of range') as e: check(hardest_20, P, (Y,))
+    assert e.value.__notes__ == ['while hardest_20 was looked at for 16 items of a batch, to see whether it adds up '
+                                 'over chunks']
+
+
+def test_a_gradient_in_chunks_alone_is_refused():
+    def loss(p, y): return (p if len(p) < 16 else p.detach()).mean()
+    with pytest.raises(ValueError, match='its gradients are 1 of the largest apart'): check(loss, P, (Y,))
+
+
 def test_nan_in_one_alone():
     with pytest.raises(ValueError, match='its gradients are NaN in one of the two'):
         check_adds_up(rmse_of_spread, partial(chunk_loss, rmse_of_spread), R[:4], (ADVANTAGE[:4],), 1, 2)

@@ -67,6 +67,7 @@ def _piece(o, items, n):
     if is_list(o) and len(contents) == n and not columns: return like(contents[items])
     return like([_piece(v, items, n) for v in contents])
 
+# %% ../../nbs/paddy_multi/accumulate/02_loss_check.ipynb #p002
 def _gradients(part, preds, targs, chunks, n, start):
     "Gradients of the sum of `part` over `chunks`, slices of `n` items: one for every floating tensor in `preds`"
     wanted = []
@@ -78,8 +79,9 @@ def _gradients(part, preds, targs, chunks, n, start):
     for items in chunks:
         set_random_states(**start)
         total = total + part(_piece(preds, items, n), *(_piece(o, items, n) for o in targs))
-    if not wanted or not isinstance(total, Tensor) or not total.requires_grad: return []
-    found = torch.autograd.grad(total, wanted, allow_unused=True)
+    if not wanted: return []
+    depends = isinstance(total, Tensor) and total.requires_grad
+    found = torch.autograd.grad(total, wanted, allow_unused=True) if depends else [None for _ in wanted]
     return [torch.zeros_like(o) if g is None else plain(g) for o,g in zip(wanted, found)]
 
 # %% ../../nbs/paddy_multi/accumulate/02_loss_check.ipynb #n020
@@ -91,6 +93,30 @@ def _apart(one, other):
     largest = torch.maximum(a.abs(), b.abs()).nan_to_num(0, 0).amax(1, keepdim=True)
     scale = (largest + largest.max()*1e-6).clamp(min=torch.finfo(one.dtype).tiny)
     return float(torch.where(same, 0., (a-b).abs()/scale).nan_to_num(math.inf, math.inf).max())
+
+# %% ../../nbs/paddy_multi/accumulate/02_loss_check.ipynb #p004
+def _name(loss):
+    while isinstance(loss, partial): loss = loss.func
+    return getattr(loss, '__name__', type(loss).__name__)
+
+def _text(loss, apart, n, split, bs):
+    far = f'are {apart:.2g} of the largest apart' if math.isfinite(apart) else 'are NaN in one of the two'
+    return (f'{_name(loss)} does not add up over chunks: for {n} items, as one batch and as chunks of {split} and '
+            f'{n-split}, its gradients {far}. Give it a method `parts(preds, targs)` as MultiTargetLoss has, or run '
+            f'the loss on whole batches: MicroBatch({bs}, whole_head=True)')
+
+# %% ../../nbs/paddy_multi/accumulate/02_loss_check.ipynb #p007
+@contextmanager
+def _unchanged(loss, bs):
+    "Give a loss its buffers back; `ValueError` if they changed, as chunks would change them more often"
+    if not isinstance(loss, nn.Module): loss = nn.Module()
+    before = {name: o._version for name,o in loss.named_buffers()}
+    with kept_buffers(loss):
+        yield
+        changed = [name for name,o in loss.named_buffers() if o._version != before.get(name)]
+    if changed:
+        raise ValueError(f'{_name(loss)} changes {", ".join(changed)} whenever it is called, which is more often in '
+                         f'chunks. Run the loss on whole batches: MicroBatch({bs}, whole_head=True)')
 
 # %% ../../nbs/paddy_multi/accumulate/02_loss_check.ipynb #n023
 def check_adds_up(
@@ -108,6 +134,9 @@ def check_adds_up(
         with _unchanged(loss, bs), torch.enable_grad(), _SameNumbers():
             whole = _gradients(loss, preds, targs, [slice(0, n)], n, start)
             chunked = _gradients(part_of(*targs), preds, targs, pieces, n, start)
+    except Exception as e:
+        e.add_note(f'while {_name(loss)} was looked at for {n} items of a batch, to see whether it adds up over chunks')
+        raise
     finally: set_random_states(**start)
     apart = max(map(_apart, whole, chunked), default=0.)
     if apart > _tolerance(whole): raise ValueError(_text(loss, apart, n, split, bs))
@@ -116,26 +145,3 @@ def _tolerance(grads):
     "3e-2 where half precision takes part, else 1e-3"
     half = any(o.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(o.device.type) for o in grads)
     return 3e-2 if half else 1e-3
-
-# %% ../../nbs/paddy_multi/accumulate/02_loss_check.ipynb #n024
-def _name(loss):
-    while isinstance(loss, partial): loss = loss.func
-    return getattr(loss, '__name__', type(loss).__name__)
-
-def _text(loss, apart, n, split, bs):
-    far = f'are {apart:.2g} of the largest apart' if math.isfinite(apart) else 'are NaN in one of the two'
-    return (f'{_name(loss)} does not add up over chunks: for {n} items, as one batch and as chunks of {split} and '
-            f'{n-split}, its gradients {far}. Give it a method `parts(preds, targs)` as MultiTargetLoss has, or run '
-            f'the loss on whole batches: MicroBatch({bs}, whole_head=True)')
-
-@contextmanager
-def _unchanged(loss, bs):
-    "Give a loss its buffers back; `ValueError` if they changed, as chunks would change them more often"
-    if not isinstance(loss, nn.Module): loss = nn.Module()
-    before = {name: o._version for name,o in loss.named_buffers()}
-    with kept_buffers(loss):
-        yield
-        changed = [name for name,o in loss.named_buffers() if o._version != before.get(name)]
-    if changed:
-        raise ValueError(f'{_name(loss)} changes {", ".join(changed)} whenever it is called, which is more often in '
-                         f'chunks. Run the loss on whole batches: MicroBatch({bs}, whole_head=True)')
