@@ -28,7 +28,8 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam, OptimWrapper, SGD
 from harness import QUICK, RESULTS, Case, about, digits, failures, measure, save
-from multi_target import loss_runs, metric_runs
+from multi_target import WIDTH, all_by_hand, batch, declared
+from sliced import loss_by_hand, seen
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -286,15 +287,37 @@ def launches(run):
         torch.cuda.synchronize()
     return sum('LaunchKernel' in o.name for o in prof.events())
 
-def there(runs, n, bs=64):
-    "Functions of `multi_target` with all their tensors on the device"
-    with device(): return runs(n, bs)
+def moved(n, bs=64):
+    "Output, and labels as a tuple of class numbers and as one row an item, on the device"
+    preds, by_hand, rows = batch(n, bs)
+    return preds.detach().to(device()).requires_grad_(), [o.to(device()) for o in by_hand], rows.to(device())
+
+def loss_runs(n):
+    "The loss of `n` targets, forward and backward"
+    preds, by_hand, rows = moved(n)
+    def run(loss, *targs):
+        loss(preds, *targs).backward()
+        preds.grad = None
+    return {'by hand': partial(run, loss_by_hand((WIDTH,)*n), *by_hand),
+            'declared targets': partial(run, declared(n).loss(), rows)}
+
+def metric_runs(n):
+    "Error rates and losses of `n` targets as a learner accumulates them"
+    preds, by_hand, rows = moved(n)
+    hand, ours = all_by_hand(n), declared(n).metrics()
+    a, b = seen(preds, by_hand), seen(preds, [rows])
+    b.y = rows
+    def run(metrics, learn):
+        learn.pred = preds.detach()  # a fresh tensor for each batch, as from a model
+        for o in metrics: o.accumulate(learn)
+    for o in (*hand, *ours): o.reset()
+    return {'by hand': partial(run, hand, a), 'declared targets': partial(run, ours, b)}
 
 def loss_launches(quick):
     "Operations and kernels of the loss of several targets, forward and backward"
     def row(n):
         def run():
-            sides = dict(zip(('by_hand', 'declared'), there(loss_runs, n)))
+            sides = dict(zip(('by_hand', 'declared'), loss_runs(n).values()))
             for o in sides.values(): o()
             return {f'{what.__name__}_{k}': what(o) for what in (operations, launches) for k, o in sides.items()}
         return attempt(dict(targets=n), run)
@@ -348,8 +371,7 @@ def speed_cases(quick):
         params = dict(arch=arch, size=size, bs=bs, chunk=chunk, precision=kind, batches=n)
         return Case('whole batches in chunks', partial(loops, arch, size, bs, chunk, kind, n), params, rounds=20)
     def targets(name, runs, n):
-        def make(): return dict(zip(('by hand', 'declared targets'), there(runs, n)))
-        return Case(name, make, dict(targets=n), rounds=24)
+        return Case(name, partial(runs, n), dict(targets=n), rounds=24)
     counts = (2,) if quick else (2, 10, 40, 100)
     modes, arch = ([], 'test_convnext') if quick else (['default', 'reduce-overhead'], 'convnext_nano')
     size, bs, chunk, n = (32, 8, 4, 1) if quick else (128, 64, 16, 8)
