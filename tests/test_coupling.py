@@ -69,7 +69,8 @@ def attention_over_batch(): return nn.TransformerEncoderLayer(4, 2, 8, dropout=0
 MIX = dict(
     evonorm=(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), timm.layers.EvoNorm2dB0(4)), PICTURES, ['1 (EvoNorm2dB0)']),
     functional_batch_norm=(
-        lambda: nn.Sequential(nn.Linear(3, 4), Of(lambda m, x: F.batch_norm(x, None, None, training=True))), X, ['1 (Of)']),
+        lambda: nn.Sequential(nn.Linear(3, 4), Of(lambda m, x: F.batch_norm(x, None, None, training=True))), X,
+        ['1 (Of)']),
     minibatch_std=(lambda: nn.Sequential(nn.Linear(3, 4), MinibatchStd()), X, ['1 (MinibatchStd)']),
     detached_mean=(lambda: nn.Sequential(Of(lambda m, x: x-x.detach().mean(0)), nn.Linear(3, 4)), X, ['0 (Of)']),
     largest_of_batch=(lambda: nn.Sequential(nn.Linear(3, 4), Of(lambda m, x: x/x.abs().max())), X, ['1 (Of)']),
@@ -158,6 +159,14 @@ def test_a_compiled_model_is_tried_as_it_was():
     assert [*model.state_dict()] == ['_orig_mod.0.weight', '_orig_mod.0.bias']
 
 
+def test_a_trial_inside_of_autocast_leaves_no_weights_without_a_graph():
+    model = nn.Linear(3, 4)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert mixing_layers(model, (X,), 6) == [] and scalar_adds_up(model, (X,), 6)
+        model(X).float().sum().backward()
+    assert model.weight.grad.any()
+
+
 # --- models that remember -------------------------------------------------------------------------------------------
 def recurrent(keep):
     def forward(m, x):
@@ -240,6 +249,11 @@ def test_scalars_that_are_means_over_items(scalar, adds_up):
     before = state_of(model)
     assert scalar_adds_up(model, (X,), 6) is adds_up
     assert_untouched(model, before)
+
+
+def test_scalars_in_half_precision():
+    model = nn.Sequential(nn.Linear(3, 4), Of(lambda m, x: x.square().mean())).bfloat16()
+    assert scalar_adds_up(model, (X.bfloat16(),), 6)
 
 
 def test_texts():

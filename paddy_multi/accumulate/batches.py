@@ -89,7 +89,8 @@ def _cut(o, items, n):
 def _cut_tensor(o, items, n):
     rows = _rows(o)
     if rows == n: return o[items if isinstance(o, Tensor) or isinstance(items, slice) else items.numpy()]
-    if rows is not None and n in o.shape: _refuse(f'whether dimension {list(o.shape).index(n)} holds the {n} items', o)
+    if rows is not None and n > 1 and n in o.shape:
+        _refuse(f'whether dimension {list(o.shape).index(n)} holds the {n} items', o)
     return o
 
 # %% ../../nbs/paddy_multi/accumulate/01_batches.ipynb #n018
