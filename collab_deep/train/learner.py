@@ -21,6 +21,7 @@ from ..models.factor import factor_model
 from ..models.nn import EmbeddingNN
 from .losses import CollabLoss, as_loss
 from .optimizer import fused_adamw, lr_wd_for
+from paddy_multi.core.autocast import RestoresAutocast
 from paddy_multi.core.facts import differences, remember
 from paddy_multi.core.finite import CheckFinite, OwnEvents
 
@@ -82,8 +83,8 @@ class CheckIds(OwnEvents):
                              'learn.dls.test_dl(ratings, with_labels=True); to train on them make a new learner')
 
 # %% ../../nbs/collab_deep/train/02_learner.ipynb #c010
-class CollabLearner(Learner):
-    "fastai's `Learner`, which also predicts a single pair, and says whether it `ranks`"
+class CollabLearner(RestoresAutocast, Learner):
+    "fastai's `Learner`, which also predicts a single pair, and says whether it `ranks`; it leaves autocast as it was"
     collab_loss = CollabLoss() # what it learns from, beside the function `loss_func`
 
     @property

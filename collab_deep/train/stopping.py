@@ -55,9 +55,10 @@ class KeepBest(TrackerCallback):
         self.patience = patience
 
     def before_fit(self):
+        self.training_began = False
+        if self.learn.lock.locked(): return # `validate` comes here too, and an error would leave the learner locked
         _check_column(self.monitor, list(self.recorder.metric_names[1:]))
         super().before_fit()
-        self.training_began = False # `validate` also calls `before_fit`
 
     def before_train(self):
         if self.training_began: return

@@ -125,7 +125,8 @@ def benchmark_accumulation(
     "Memory, speed and exactness of training with `MicroBatch`, a fresh process a case; `RuntimeError` if all fail"
     _check_settings(make_learner, accums, updates, warmup, limit)
     settings = dict(updates=updates, warmup=warmup, whole_head=whole_head)
-    predicted,status = in_process(predicted_bytes, limit, make_learner=make_learner, accums=accums)
+    predicted,status = in_process(predicted_bytes, limit, make_learner=make_learner, accums=accums,
+                                  whole_head=whole_head)
     if progress and status != 'ok': print(f'no prediction: {status}')
     rows = []
     for i,accum in enumerate(accums, 1):

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelStepException
 from fastai.data.core import DataLoaders
+from fastai.torch_core import default_device
 
-from .batches import is_out_of_memory
+from .batches import batch_size, is_out_of_memory
 from .microbatch import MicroBatch
 from .processes import process_bytes, reset_peak
 from .steps import step_memory
@@ -39,6 +40,7 @@ class _Clock(Callback):
 def _same_batches(learn, batch, n):
     "Loaders that yield `batch` `n` times"
     dls = DataLoaders([batch]*n, [])
+    dls._device = getattr(learn.dls, 'device', default_device())  # lists of batches have none
     if hasattr(learn.dls, 'n_inp'): dls.n_inp = learn.dls.n_inp
     return dls
 
@@ -100,7 +102,7 @@ def run_case(
     learn = make_learner()
     batch = learn.dls.one_batch()
     learn._split(batch)
-    n = len(learn.xb[0])
+    n = batch_size(learn.xb, learn.yb)
     items = math.ceil(n/accum)
     micro = [MicroBatch(items, whole_head)] if accum > 1 else []
     learn.dls,clock = _same_batches(learn, batch, warmup+updates),_Clock(warmup)
@@ -115,8 +117,17 @@ def run_case(
 def predicted_bytes(
     make_learner:Callable, # Function without arguments that gives a `Learner`
     accums, # Numbers of chunks
+    whole_head:bool=False, # As in `MicroBatch`
 )->dict: # By the number of chunks as text, as JSON has it
-    "Predicted bytes for each of `accums`, on the device where the learner is"
+    "Predicted bytes for each of `accums`, tensors and workspaces, on the device where fastai will train"
     learn = make_learner()
-    memory = step_memory(learn, next(learn.model.parameters()).device.type, 'as is')
-    return {str(accum): memory.at(accum)['total'] for accum in accums}
+    memory = step_memory(learn, training_device(learn).type, 'as is', whole_head=whole_head, valid=False)
+    found = {str(accum): memory.at(accum) for accum in accums}
+    return {accum: o['total']+o['workspace'] for accum, o in found.items()}
+
+def training_device(
+    learn, # `Learner`, which has not trained yet
+)->torch.device:
+    "Where fastai will move the model of `learn`: to the device of its loaders"
+    device = getattr(learn.dls, 'device', default_device())
+    return next(learn.model.parameters()).device if device is None else torch.device(device)

@@ -24,6 +24,7 @@ import cloudpickle
 import torch
 
 from .batches import is_out_of_memory
+from ..core.tensors import leave_autocast
 
 # %% ../../nbs/paddy_multi/accumulate/12_processes.ipynb #c006
 def process_bytes(
@@ -48,20 +49,23 @@ class FreedMemory:
     objects:int # Python objects that only pointed at each other
     host:int # Bytes of main memory, 0 where the system does not tell
     device:int # Bytes of GPU memory that other processes can have now
+    autocast:bool=False # Was mixed precision still entered, as after an error?
 
     def __repr__(self):
+        left = ', and left mixed precision, which was still entered, as after an error' if self.autocast else ''
         return (f'freed {self.objects} objects, {self.host/1e6:.0f} MB of main memory, '
-                f'{self.device/1e6:.0f} MB of GPU memory')
+                f'{self.device/1e6:.0f} MB of GPU memory{left}')
 
 # %% ../../nbs/paddy_multi/accumulate/12_processes.ipynb #c011
 def free_memory()->FreedMemory:
-    "Drop what nothing uses: cycles of objects, the last error's traceback, and GPU memory that PyTorch keeps for later"
+    "Drop what nothing uses: cycles of objects, the last error's traceback, and GPU memory; leave mixed precision"
     host,device = process_bytes('VmRSS') or 0,_reserved()
     for name in ('last_traceback', 'last_value', 'last_exc', 'last_type'):
         if hasattr(sys, name): delattr(sys, name)
+    autocast = any([leave_autocast(o) for o in ('cuda', 'cpu')])
     objects = gc.collect()
     if _uses_gpu(): torch.cuda.empty_cache()
-    return FreedMemory(objects, max(0, host-(process_bytes('VmRSS') or 0)), device-_reserved())
+    return FreedMemory(objects, max(0, host-(process_bytes('VmRSS') or 0)), device-_reserved(), autocast)
 
 def _uses_gpu(): return torch.cuda.is_available() and torch.cuda.is_initialized()
 
