@@ -307,6 +307,13 @@ def test_a_loss_that_changes_its_buffers_is_refused_and_gets_them_back():
     assert torch.equal(loss.center, state['center'])
 
 
+def test_a_loss_that_another_thread_uses_is_not_touched():
+    loss = nn.CrossEntropyLoss(WEIGHT)
+    version = loss.weight._version
+    check(loss, P, (Y,))
+    assert loss.weight._version == version
+
+
 def test_items_are_picked_from_end_to_end_missing_ones_first():
     items, split = items_to_check((GAPS,), N, 5)
     assert items[0] == 3 and len(set(items.tolist())) == 16 and split == 5

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .chunks import item_counter, map_tensors
 from ..core.nested import is_list, made_of
-from ..core.tensors import kept_buffers, plain
+from ..core.tensors import plain, restore_buffers
 
 # %% ../../nbs/paddy_multi/accumulate/02_loss_check.ipynb #n011
 def items_to_check(
@@ -110,10 +110,10 @@ def _text(loss, apart, n, split, bs):
 def _unchanged(loss, bs):
     "Give a loss its buffers back; `ValueError` if they changed, as chunks would change them more often"
     if not isinstance(loss, nn.Module): loss = nn.Module()
-    before = {name: o._version for name,o in loss.named_buffers()}
-    with kept_buffers(loss):
-        yield
-        changed = [name for name,o in loss.named_buffers() if o._version != before.get(name)]
+    before = [(name, o, o._version, o.clone()) for name,o in loss.named_buffers()]
+    yield
+    changed = {name: (o, values) for name,o,version,values in before if o._version != version}
+    restore_buffers(changed.values())  # others stay untouched, as another thread may use them
     if changed:
         raise ValueError(f'{_name(loss)} changes {", ".join(changed)} whenever it is called, which is more often in '
                          f'chunks. Run the loss on whole batches: MicroBatch({bs}, whole_head=True)')
