@@ -38,7 +38,7 @@ def _transposed(
     n:int, # Ids there are
 )->tuple: # The same as lists of rows for each id
     "Who is listed by whom, the other way round"
-    rows = torch.repeat_interleave(torch.arange(len(ptr)-1), ptr.diff())
+    rows = torch.repeat_interleave(torch.arange(len(ptr)-1, device=ptr.device), ptr.diff())
     counts = torch.bincount(ids, minlength=n)
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)]),rows[ids.argsort(stable=True)]
 
