@@ -5,62 +5,99 @@
 # %% auto #0
 __all__ = ['predict_memory', 'parse_bytes', 'plot_memory', 'Accumulation', 'find_accumulation']
 
-# %% ../../nbs/paddy_multi/accumulate/10_memory.ipynb #c003
+# %% ../../nbs/paddy_multi/accumulate/10_memory.ipynb #n003
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 
 import pandas as pd
+import torch
 from torch import Tensor
 
 from .steps import step_memory
 
-# %% ../../nbs/paddy_multi/accumulate/10_memory.ipynb #c007
-def predict_memory(
-    learn, # `Learner` with any model, optimizer and precision
-    accums=(1,2,4,8), # Numbers of chunks to predict for
-    device:str='cuda', # Kind of device to predict for: 'cuda' or 'cpu'
-    frozen:bool=False, # Predict for what trains now, instead of the whole model?
-)->pd.DataFrame: # A row for each of `accums`: bytes by category at the peak, and in total
-    "Memory that training `learn` with `MicroBatch` needs for tensors, without a GPU; `ValueError` for a wrong number"
+# %% ../../nbs/paddy_multi/accumulate/10_memory.ipynb #n007
+def _check_accums(accums):
     for accum in accums:
         if isinstance(accum, bool) or not isinstance(accum, int) or accum < 1:
             raise ValueError(f'accums are numbers of chunks, positive ints; found {accum!r}')
-    memory = step_memory(learn, device, 'as is' if frozen else 'all')
-    return pd.DataFrame({accum: memory.at(accum) for accum in accums}).T.rename_axis('accum')
 
-# %% ../../nbs/paddy_multi/accumulate/10_memory.ipynb #c013
+def _check_items(accums, n):
+    for accum in accums:
+        if accum > n: raise ValueError(f'accums: a batch of {n} cannot be run in {accum} chunks')
+
+# %% ../../nbs/paddy_multi/accumulate/10_memory.ipynb #n009
+def predict_memory(
+    learn, # `Learner` with any model, loss, optimizer, precision and callbacks
+    accums=None, # Numbers of chunks to predict for; None for those of 1, 2, 4 and 8 that a batch has items for
+    device:str='cuda', # Kind of device to predict for: 'cuda' or 'cpu'
+    frozen:bool=False, # Predict for what trains now, instead of the whole model?
+    per_module:bool|int=False, # Activations by part of the model instead: True, or how deep in its names
+    whole_head:bool=False, # As in `MicroBatch`
+    valid:bool=True, # Count validation too, where the learner has a validation loader?
+)->pd.DataFrame: # A row for each of `accums`: bytes by category at the peak, in total, and besides tensors
+    "Memory that training `learn` with `MicroBatch` needs, without a GPU; `ValueError` for a wrong number"
+    if accums is not None: _check_accums(accums)
+    memory = step_memory(learn, device, 'as is' if frozen else 'all', whole_head, valid)
+    if accums is None: accums = [o for o in (1, 2, 4, 8) if o <= memory.n]
+    _check_items(accums, memory.n)
+    if per_module: return _by_module(memory, accums, per_module)
+    res = pd.DataFrame({accum: memory.at(accum) for accum in accums}).T.rename_axis('accum')
+    res.attrs = dict(kernels=memory.step.kernels, moments={accum: memory.moment(accum) for accum in accums})
+    return res
+
+# %% ../../nbs/paddy_multi/accumulate/10_memory.ipynb #n021
+def _at_depth(sizes, depth):
+    "`sizes` by the first `depth` parts of their names"
+    names = ['.'.join(name.split('.')[:depth]) for name in sizes.index]
+    return sizes.groupby(names).sum()
+
+def _by_module(memory, accums, depth):
+    "Bytes of activations that modules keep, most first, for each of `accums`"
+    sizes = pd.DataFrame({accum: memory.by_module(accum) for accum in accums}).fillna(0).astype(int)
+    deepest = max(name.count('.')+1 for name in sizes.index)
+    if depth is True: depth = next((o for o in range(1, deepest) if len(_at_depth(sizes, o)) > 4), deepest)
+    res = _at_depth(sizes, depth).rename_axis(index='module', columns='accum')
+    return res.sort_values(accums[0], ascending=False)
+
+# %% ../../nbs/paddy_multi/accumulate/10_memory.ipynb #n025
 _units = dict(b=1, kb=10**3, mb=10**6, gb=10**9, tb=10**12, kib=2**10, mib=2**20, gib=2**30, tib=2**40)
 
 def parse_bytes(
     size:int|float|str, # Bytes as a number, or text such as '16GB' or '15.5 GiB'
-    least:int=1, # Fewest bytes that make sense
+    least:int=1, # Fewest bytes that make sense; where it is 0, '0' needs no unit
 )->int:
     "`size` in bytes, where GB is 10**9 and GiB 2**30; `ValueError` for anything else"
     text = f'{size}b' if isinstance(size, Real) and not isinstance(size, bool) else str(size)
+    if text.strip() == '0': text = '0b'
     found = re.fullmatch(r'\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*([a-z]+)\s*', text.lower())
     res = int(float(found[1])*_units[found[2]]) if found and found[2] in _units else -1
     if res >= least: return res
     raise ValueError("expected a size such as '16GB', '15.5GiB' or bytes as a number, "
                      f'at least {least}, found {size!r}')
 
-# %% ../../nbs/paddy_multi/accumulate/10_memory.ipynb #c016
+# %% ../../nbs/paddy_multi/accumulate/10_memory.ipynb #n028
+_tensors = ['parameters', 'gradients', 'optimizer', 'inputs', 'activations', 'temporaries']
+
 def plot_memory(
     memory:pd.DataFrame, # What `predict_memory` gave
     budget=None, # Size to draw as a line, as `parse_bytes` reads it
     ax=None, # Axes to draw on
 ):
     "Stacked bars of predicted memory by category, for every number of chunks"
-    parts = memory[['parameters', 'gradients', 'optimizer', 'inputs', 'activations', 'temporaries']]/1e9
-    ax = parts.plot.bar(stacked=True, ax=ax, rot=0, width=.7, colormap='tab20c',
-                        ylabel='GB at the peak', xlabel='accum: chunks a batch')
+    bars = memory[_tensors]/1e9
+    if memory.workspace.any():
+        allocator = memory.reserved-memory.total-memory.workspace
+        bars = bars.assign(workspace=memory.workspace/1e9, allocator=allocator/1e9)
+    ax = bars.plot.bar(stacked=True, ax=ax, rot=0, width=.7, colormap='tab20c',
+                       ylabel='GB at the peak', xlabel='accum: chunks a batch')
     if budget is not None: ax.axhline(parse_bytes(budget)/1e9, color='k', ls='--', lw=1, label=f'budget {budget}')
     ax.margins(y=.05)
     ax.legend(frameon=False)
     return ax
 
-# %% ../../nbs/paddy_multi/accumulate/10_memory.ipynb #c019
+# %% ../../nbs/paddy_multi/accumulate/10_memory.ipynb #n031
 def _size_text(n): return f'{n/1e9:.1f} GB' if n >= 1e9 else f'{n/1e6:.0f} MB'
 
 @dataclass
@@ -69,54 +106,96 @@ class Accumulation:
     accum:int|None # Chunks a batch, None where no number of them fits
     bs:int|None # Items at a time, for `MicroBatch`
     total:int # Bytes that are predicted with `accum` chunks, or the floor
-    floor:int # Bytes that are needed with one item at a time: accumulation cannot go below
+    floor:int # Bytes that are needed with the smallest chunks: accumulation cannot go below
     budget:int # Bytes that there are
     reserve:int # Bytes of the budget that are not for tensors
     advice:dict # Where nothing fits: what to try, and the bytes that it would take
+    counted:str='' # What was counted: training alone or with validation, and on which kernels
+    smallest:int=1 # Items in the smallest chunk: one, or two where BatchNorm refuses one
 
     def __repr__(self):
         room = f'{_size_text(self.budget)} less {_size_text(self.reserve)} in reserve'
         total,floor = _size_text(self.total),_size_text(self.floor)
+        counted = f'\nCounted: {self.counted}' if self.counted else ''
+        at_a_time = 'one item at a time' if self.smallest == 1 else f'{self.smallest} items at a time'
+        s = 's' if self.smallest == 1 else ''
         if self.accum:
             return (f'accum={self.accum}: MicroBatch({self.bs}) needs {total} of {room}; '
-                    f'one item at a time would need {floor}')
+                    f'{at_a_time} would need {floor}{counted}')
         advice = [f'\n  {what}: {_size_text(n)}' for what,n in self.advice.items()]
-        return f'no accumulation fits {room}: one item at a time needs {floor}. What else there is:{"".join(advice)}'
+        return (f'no accumulation fits {room}: {at_a_time} need{s} {floor}. '
+                f'What else there is:{"".join(advice)}{counted}')
 
-# %% ../../nbs/paddy_multi/accumulate/10_memory.ipynb #c021
-def _different_chunks(n):
-    "Numbers of chunks that give different chunk sizes of a batch of `n`, the fewest first"
+# %% ../../nbs/paddy_multi/accumulate/10_memory.ipynb #n033
+def _different_chunks(n, smallest=1):
+    "Numbers of chunks that give different chunk sizes of a batch of `n`, down to the `smallest`, the fewest first"
     fewest = {math.ceil(n/accum): accum for accum in range(n, 0, -1)}  # by size, the last one stays
-    return list(fewest.values())[::-1]
+    return [accum for size,accum in list(fewest.items())[::-1] if size >= min(smallest, n)]
 
-# %% ../../nbs/paddy_multi/accumulate/10_memory.ipynb #c023
-def _advice(learn, memory, device):
-    "Bytes that other ways than accumulation would take, one item at a time; the least first"
-    fixed = memory.parameters+memory.gradients+memory.at(memory.n)['inputs']
-    constant,slope = memory.lines
-    one_item = max((constant+slope).max(), 0)
-    res = {'checkpointing of activations, at best': fixed+memory.state+max(memory.update, 0),
-           'SGD without momentum (keeps nothing)': fixed+one_item,
-           'a fused optimizer (no temporaries)': fixed+memory.state+one_item}
+# %% ../../nbs/paddy_multi/accumulate/10_memory.ipynb #n036
+def _first_that_fits(
+    need, # Function of a number of chunks: bytes
+    accums, # Numbers of chunks, the fewest first; the last one fits
+    n, # Items in a batch
+    room, # Bytes that there are
+):
+    "The first of `accums` that fits"
+    if need(accums[0]) <= room: return accums[0]
+    sizes = [math.ceil(n/accum) for accum in accums]
+    low,high = 0,len(accums)-1  # too much, and fits
+    while high-low > 1:
+        over,under = need(accums[low])-room, room-need(accums[high])
+        size = sizes[high] + under/(over+under)*(sizes[low]-sizes[high])
+        at = min(sum(o > size for o in sizes), high-1)
+        low,high = (low, at) if need(accums[at]) <= room else (at, high)
+    return accums[high]
+
+# %% ../../nbs/paddy_multi/accumulate/10_memory.ipynb #n038
+def _advice(learn, memory, accum):
+    "Bytes that other ways would take with `accum` chunks, the smallest; the least first"
+    def floor(memory): return memory.at(accum)['total']
+    row,plain = memory.at(accum),replace(memory, update=0)
+    stays = row['parameters']+row['optimizer']+row['inputs']+memory.step.gradients
+    ways = {'checkpointing of activations, at best': stays+memory.update,
+            'SGD without momentum (keeps nothing)': floor(replace(plain, state=0)),
+            'a fused optimizer (no temporaries)': floor(plain)}
+    def other(trainable, **how):
+        return floor(step_memory(learn, memory.device, trainable, memory.head is not None, memory.valid_n > 0, **how))
     has_groups = not isinstance(next(iter(learn.splitter(learn.model))), Tensor)
-    if has_groups: res['a frozen body'] = step_memory(learn, device, 'head').at(memory.n)['total']
-    return {k: round(v) for k,v in sorted(res.items(), key=lambda o: o[1])}
+    if has_groups: ways['a frozen body'] = other('head')
+    half = memory.device == 'cuda' and memory.step.dtype is None
+    if half: ways['mixed precision, with to_fp16()'] = other('all', dtype=torch.float16)
+    return dict(sorted(ways.items(), key=lambda o: o[1]))
 
-# %% ../../nbs/paddy_multi/accumulate/10_memory.ipynb #c025
+# %% ../../nbs/paddy_multi/accumulate/10_memory.ipynb #n040
+_kernels = dict(cuda='kernels of CUDA', cpu='kernels of a CPU', formula='formulas, since this PyTorch has no CUDA')
+
+def _counted(memory):
+    validation = f', validation in batches of {memory.valid_n}' if memory.valid_n else ''
+    head = ' with a whole head' if memory.head else ''
+    return f'training{head}{validation}; {_kernels[memory.step.kernels]}'
+
 def find_accumulation(
-    learn, # `Learner` with any model, optimizer and precision
-    budget, # Memory of the device: '16GB', '15GiB', or bytes
-    reserve='1GB', # Part of it that is not for tensors: CUDA context and workspaces
+    learn, # `Learner` with any model, loss, optimizer, precision and callbacks
+    budget, # Memory that PyTorch may take on the device: '16GB', '15GiB', or bytes
+    reserve=None, # Part of it that is not for tensors, 0 for none; None for what is predicted
     device:str='cuda', # Kind of device to predict for: 'cuda' or 'cpu'
     frozen:bool=False, # Predict for what trains now, instead of the whole model?
+    whole_head:bool=False, # As in `MicroBatch`
+    valid:bool=True, # Count validation too, where the learner has a validation loader?
 )->Accumulation:
     "The fewest chunks with which training `learn` fits `budget`; `ValueError` for a budget that cannot be read"
-    budget,reserve = parse_bytes(budget),parse_bytes(reserve or 0, least=0)
-    memory = step_memory(learn, device, 'as is' if frozen else 'all')
-    totals = {accum: memory.at(accum)['total'] for accum in _different_chunks(memory.n)}
-    floor = min(totals.values())
-    found = dict(floor=floor, budget=budget, reserve=reserve)
-    for accum,total in totals.items():
-        if total > budget-reserve: continue
-        return Accumulation(accum, math.ceil(memory.n/accum), total, advice={}, **found)
-    return Accumulation(None, None, floor, advice=_advice(learn, memory, device), **found)
+    budget = parse_bytes(budget)
+    if reserve is not None: reserve = parse_bytes(reserve, least=0)
+    memory = step_memory(learn, device, 'as is' if frozen else 'all', whole_head, valid)
+    def need(accum):
+        row = memory.at(accum)
+        return row['reserved'] if reserve is None else row['total']+reserve
+    smallest = memory.smallest()
+    accums = _different_chunks(memory.n, smallest)
+    fits = need(accums[-1]) <= budget
+    accum = _first_that_fits(need, accums, memory.n, budget) if fits else accums[-1]
+    row = memory.at(accum)
+    return Accumulation(
+        accum if fits else None, row['items'] if fits else None, row['total'], memory.at(accums[-1])['total'], budget,
+        need(accum)-row['total'], {} if fits else _advice(learn, memory, accums[-1]), _counted(memory), smallest)

@@ -8,7 +8,7 @@ __all__ = ['accum_command']
 # %% ../../nbs/paddy_multi/cli/01_accum.ipynb #c003
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -49,39 +49,77 @@ def _sides(size):
     return int(parts[0]),int(parts[-1])
 
 # %% ../../nbs/paddy_multi/cli/01_accum.ipynb #c006
-def _learner(arch, height, width, bs, n_out, opt, fp16):
-    "An untrained learner for `arch` on pictures of zeros"
-    from functools import partial
-    import timm, torch
-    from fastai.data.core import DataLoaders
-    from fastai.data.load import DataLoader
-    from fastai.learner import Learner
-    from fastai.losses import CrossEntropyLossFlat
-    from fastai.optimizer import Adam, OptimWrapper, SGD
+def _model(arch, height, width, n_out):
+    "A model of timm with random weights, and a function that parts it into body and head"
+    import timm
     check_arch(arch)
-    dl = DataLoader([(torch.zeros(3, height, width), torch.tensor(0))], bs=1, num_workers=0)
-    dl.bs = bs
     sized = dict(img_size=(height, width)) if _takes_size(arch) else {}
     model = timm.create_model(arch, num_classes=n_out, **sized)
-    opts = dict(adam=Adam, adamw=partial(OptimWrapper, opt=torch.optim.AdamW), sgd=SGD)
-    learn = Learner(DataLoaders(dl, dl), model, loss_func=CrossEntropyLossFlat(), opt_func=opts[opt])
-    return learn.to_fp16() if fp16 else learn
+    def body_and_head(model):
+        heads = model.get_classifier()
+        head = [p for o in (heads if isinstance(heads, tuple) else (heads,)) for p in o.parameters()]
+        return [[p for p in model.parameters() if not any(p is o for o in head)], head]
+    return model, body_and_head
+
+def _loaders(height, width, bs):
+    "Loaders of one picture of zeros, as of batches of `bs`"
+    import torch
+    from fastai.data.core import DataLoaders
+    from fastai.data.load import DataLoader
+    dl = DataLoader([(torch.zeros(3, height, width), torch.tensor(0))], bs=1, num_workers=0)
+    dl.bs = bs
+    return DataLoaders(dl, dl)
+
+# %% ../../nbs/paddy_multi/cli/01_accum.ipynb #n102
+def _optimizers():
+    "Functions that make the optimizers of the command, by name"
+    from functools import partial
+    import torch
+    from fastai.optimizer import Adam, OptimWrapper, SGD
+    adamw = partial(OptimWrapper, opt=torch.optim.AdamW)
+    return {'adam': Adam, 'sgd': SGD, 'momentum': partial(SGD, mom=.9), 'adamw': adamw,
+            'fused-adamw': partial(adamw, fused=True)}
+
+def _learner(arch, height, width, bs, n_out, optimizer, precision, frozen):
+    "An untrained learner for `arch` on pictures of zeros"
+    from fastai.learner import Learner
+    from fastai.losses import CrossEntropyLossFlat
+    model,body_and_head = _model(arch, height, width, n_out)
+    learn = Learner(_loaders(height, width, bs), model, loss_func=CrossEntropyLossFlat(),
+                    opt_func=_optimizers()[optimizer], splitter=body_and_head)
+    if frozen: learn.freeze()
+    if precision == 'fp32': return learn
+    return learn.to_fp16() if precision == 'fp16' else learn.to_bf16()
 
 # %% ../../nbs/paddy_multi/cli/01_accum.ipynb #n002
-def _write(out, memory, found, budget, settings):
+def _write(out, memory, found, plans, settings):
     "Keep the prediction in the folder `out`: both files, or those that were there"
     from dataclasses import asdict
     from paddy_multi.accumulate.memory import plot_memory
     rows = json.loads(memory.reset_index().to_json(orient='records'))
-    text = json.dumps(dict(settings=settings, bytes=rows, found=asdict(found)), indent=1)
+    kept = dict(settings=settings, kernels=memory.attrs['kernels'], bytes=rows, found=asdict(found))
+    if plans is not None: kept['plans'] = json.loads(plans.to_json(orient='records'))
     title = f'{settings["arch"]}, {settings["size"]} px, batches of {settings["bs"]}'
-    figure = plot_memory(memory, budget).set_title(title).figure
+    figure = plot_memory(memory, settings['budget']).set_title(title).figure
     with written_together(out, ['accum.json', 'accum.png']) as part:
-        write_file(part/'accum.json', text+'\n')
+        write_file(part/'accum.json', json.dumps(kept, indent=1)+'\n')
         figure.savefig(part/'accum.png', dpi=110, bbox_inches='tight')
     echo(f'\n{out}: accum.json, accum.png')
 
 # %% ../../nbs/paddy_multi/cli/01_accum.ipynb #c009
+def _precision(fp16, bf16):
+    "'fp16' unless another is asked for; both at once are refused"
+    if bf16 and fp16 is not None: refuse('expected one precision, found two: leave --fp16 or --fp32 out', '--bf16')
+    return 'bf16' if bf16 else 'fp32' if fp16 is False else 'fp16'
+
+def _plans(learn, budget, frozen):
+    "The table of `plan_training`, after it was printed"
+    from paddy_multi.accumulate.plan import plan_training
+    plan = plan_training(learn, budget)
+    echo(f'\n{plan}')
+    return plan.df
+
+# %% ../../nbs/paddy_multi/cli/01_accum.ipynb #n105
 def accum_command(
     out:Annotated[Path, typer.Option(
         help='Folder to write accum.json and accum.png to.', metavar='FOLDER')]=Path('accum'),
@@ -89,28 +127,41 @@ def accum_command(
     size:Annotated[str, typer.Option(
         help='Size of the pictures in pixels: 224, or height x width as 320x240.')]='224',
     bs:Annotated[int, typer.Option(min=1, help='Pictures a batch: what an update should see.')]=64,
-    budget:Annotated[str, typer.Option(help='Memory of the card: 16GB (10**9) or 16GiB (2**30).')]='16GB',
-    reserve:Annotated[str, typer.Option(
-        help='Part of it that is not for tensors: CUDA context and workspaces.')]='1GB',
+    budget:Annotated[str, typer.Option(
+        help='Memory of the card for PyTorch: 16GB (10**9) or 16GiB (2**30).')]='16GB',
+    reserve:Annotated[str|None, typer.Option(
+        help='Part of it that is not for tensors, as 1GB; 0 for none.', show_default='as predicted')]=None,
     n_out:Annotated[int, typer.Option(min=1, help='Outputs of the model.')]=10,
-    opt:Annotated[str, typer.Option(help='Optimizer: adam (fastai), adamw (PyTorch) or sgd.')]='adam',
-    fp16:Annotated[bool, typer.Option('--fp16/--fp32', help='Mixed precision?')]=True,
+    optimizer:Annotated[Literal['adam', 'adamw', 'fused-adamw', 'sgd', 'momentum'], typer.Option(
+        '--optimizer', '--opt',
+        help="adam, sgd and momentum (SGD with it) are fastai's, adamw and fused-adamw PyTorch's.")]='adam',
+    fp16:Annotated[bool|None, typer.Option(
+        '--fp16/--fp32', help='Mixed precision, or none?', show_default='fp16')]=None,
+    bf16:Annotated[bool, typer.Option('--bf16', help='Mixed precision with bfloat16 instead.')]=False,
+    frozen:Annotated[bool, typer.Option('--frozen', help='Train the head alone.')]=False,
+    plan:Annotated[bool, typer.Option(
+        '--plan', help='Try precisions, checkpointing, optimizers and a frozen body, too.')]=False,
     overwrite:Annotated[bool, typer.Option('--overwrite', help='Replace results that are there.')]=False,
 ):
     "Predict the memory of training a model, and how many chunks its batches need to fit a card."
     from paddy_multi.accumulate.memory import find_accumulation, parse_bytes, predict_memory
     check_folder(out, ('accum.json', 'accum.png'), overwrite)
-    if opt not in ('adam', 'adamw', 'sgd'): refuse(f'expected adam, adamw or sgd, found {opt!r}', '--opt')
+    precision = _precision(fp16, bf16)
     with speaking_options(OSError, ValueError, RuntimeError, MemoryError):  # of models too deep for the size, too
         parse_bytes(budget)
-        parse_bytes(reserve, least=0)
-        learn = _learner(arch, *_sides(size), bs, n_out, opt, fp16)
-        memory = predict_memory(learn, [a for a in (1, 2, 4, 8, 16) if a <= bs])
-        found = find_accumulation(learn, budget, reserve)
-        precision = 'fp16' if fp16 else 'fp32'
-        megabytes = (memory.drop(columns='items')/1e6).round().astype(int)
-        echo(f'{arch}, {size} px, batches of {bs}, {opt}, {precision}. Predicted MB at the peak:\n')
-        echo(f'{megabytes.to_string()}\n\n{found}')
+        if reserve is not None: parse_bytes(reserve, least=0)
+        settings = dict(arch=arch, size=size, bs=bs, n_out=n_out, optimizer=optimizer, precision=precision,
+                        frozen=frozen, budget=budget, reserve=reserve)
+        learn = _learner(arch, *_sides(size), bs, n_out, optimizer, precision, frozen)
+        memory = predict_memory(learn, [a for a in (1, 2, 4, 8, 16) if a <= bs], frozen=frozen)
+        found = find_accumulation(learn, budget, reserve, frozen=frozen)
+        _print(memory, found, settings)
+        plans = _plans(learn, budget, frozen) if plan else None
         out.mkdir(parents=True, exist_ok=True)
-        with locked(out):
-            _write(out, memory, found, budget, dict(arch=arch, size=size, bs=bs, n_out=n_out, opt=opt, fp16=fp16))
+        with locked(out): _write(out, memory, found, plans, settings)
+
+def _print(memory, found, settings):
+    megabytes = (memory.drop(columns='items')/1e6).round().astype(int)
+    head = ', the head alone' if settings['frozen'] else ''
+    echo('{arch}, {size} px, batches of {bs}, {optimizer}, {precision}'.format(**settings) + head +
+         f'. Predicted MB at the peak:\n\n{megabytes.to_string()}\n\n{found}')
