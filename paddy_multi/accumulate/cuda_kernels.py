@@ -176,6 +176,7 @@ class CudaKernels(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, '__name__', '')
+        if name == '_pad_packed_sequence': return _padded(*args)
         if name not in _recurrent and func is not F.scaled_dot_product_attention or not _is_cuda(args, kwargs):
             return func(*args, **kwargs)
         if name in _recurrent: return _cudnn_rnn(name, *args)
@@ -187,13 +188,19 @@ class CudaKernels(TorchFunctionMode):
             tensors = [_cast(o, torch.get_autocast_dtype('cuda')) for o in tensors]
         with CudaAutocast(None): return _attention(self.sm, *tensors, dropout_p, is_causal, scale, enable_gqa)
 
+def _padded(data, sizes, batch_first, *_):
+    "A packed sequence whose items are all as long as the longest"
+    steps,items = len(sizes),len(data)//len(sizes)
+    out = data.view(steps, items, *data.shape[1:]).clone()
+    return out.transpose(0, 1) if batch_first else out, torch.full((items,), steps, dtype=torch.long)
+
 def _is_cuda(args, kwargs):
     return next(o for o in (*args, *kwargs.values()) if isinstance(o, Tensor)).is_cuda
 
 def _cast(o, dtype):
     return o.to(dtype) if isinstance(o, Tensor) and o.is_floating_point() and o.dtype != torch.float64 else o
 
-# %% ../../nbs/paddy_multi/accumulate/06_cuda_kernels.ipynb #n026
+# %% ../../nbs/paddy_multi/accumulate/06_cuda_kernels.ipynb #n027
 _in_float32 = {
     'layer_norm', 'group_norm', 'batch_norm_stats', 'normalize', 'norm', 'linalg_vector_norm', 'cosine_similarity',
     'softmax', 'log_softmax', 'softplus', 'exp', 'log', 'pow', 'rsqrt', 'sum', 'prod', 'cumsum',
