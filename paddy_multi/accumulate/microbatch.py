@@ -13,6 +13,7 @@ from warnings import warn
 
 import torch
 from fastai.callback.core import CancelBatchException, CancelStepException
+from fastai.callback.rnn import RNNRegularizer
 from fastai.torch_core import get_random_states, set_random_states
 from fastcore.basics import patch
 
@@ -66,7 +67,11 @@ def before_fit(self:MicroBatch):
 def _chunks(self:MicroBatch):
     "A slice for each chunk of the batch, and the number of items in each"
     chunks = (equal_chunks if is_compiled(self.model) else even_chunks)(self._n, self.bs)
-    return chunks, [o.stop-o.start for o in chunks]
+    sizes = [o.stop-o.start for o in chunks]
+    if self.training and self._n > 1 and 1 in sizes and any(cb.beta for cb in self.learn._grab_cbs(RNNRegularizer)):
+        raise ValueError('RNNRegularizer leaves out a chunk of one text, though not a batch of several: '
+                         f'use MicroBatch(3) or more, found {self.bs} for a batch of {self._n}')
+    return chunks, sizes
 
 @patch
 @contextmanager
