@@ -46,6 +46,7 @@ from .accumulate.case import *
 from .accumulate.benchmark import *
 from .accumulate.fused import *
 from .accumulate.costs import *
+from .accumulate.training_plan import *
 from .accumulate.plan import *
 from .train.heads import *
 from .train.watch import *
