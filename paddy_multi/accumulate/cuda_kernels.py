@@ -73,7 +73,8 @@ def attention_kernel(
 )->str: # 'cudnn', 'flash', 'efficient' or 'math'
     "Which attention PyTorch takes on CUDA"
     for k in _kernels:
-        fits = k.cards[0] <= sm <= k.cards[1] and dtype in k.dtypes and (k.mask or not mask) and (not k.only or sm in k.only)
+        on_card = k.cards[0] <= sm <= k.cards[1] and (not k.only or sm in k.only)
+        fits = on_card and dtype in k.dtypes and (k.mask or not mask)
         if fits and _width_fits(k.name, sm, dtype, width) and not (k.name == 'cudnn' and mask_grad): return k.name
     return 'math'
 
@@ -101,7 +102,8 @@ def _attention(sm, q, k, v, mask=None, dropout=0., causal=False, scale=None, ena
     if mask is not None: mask = _rows_of_16(mask, name).expand(*q.shape[:3], k.shape[2])
     if name == 'cudnn':
         return _aten._scaled_dot_product_cudnn_attention(q, k, v, mask, trains, dropout, causal, False, scale=scale)[0]
-    return _aten._scaled_dot_product_efficient_attention(q, k, v, mask, trains or mask_grad, dropout, causal, scale=scale)[0]
+    trains = trains or mask_grad
+    return _aten._scaled_dot_product_efficient_attention(q, k, v, mask, trains, dropout, causal, scale=scale)[0]
 
 def _flash(q, k, v, dropout, causal, scale):
     "Heads are padded to a multiple of 8 numbers"
@@ -147,7 +149,7 @@ class CudnnRNN(torch.autograd.Function):
         dws = [w.view(shape) for w,shape in zip(pieces, ctx.shapes)]
         return None, dx.transpose(0, 1) if ctx.first else dx, dhx, dcx, *dws
 
-# %% ../../nbs/paddy_multi/accumulate/06_cuda_kernels.ipynb #n019
+# %% ../../nbs/paddy_multi/accumulate/06_cuda_kernels.ipynb #n020
 _recurrent = {'lstm', 'gru', 'rnn_tanh', 'rnn_relu'}
 
 def _cudnn_rnn(kind, x, *args):
@@ -164,7 +166,7 @@ def _cudnn_rnn(kind, x, *args):
     with CudaAutocast(None): out,hy,cy = CudnnRNN.apply(how, x, hx, cx, *ws)
     return (out, hy) if cx is None else (out, hy, cy)
 
-# %% ../../nbs/paddy_multi/accumulate/06_cuda_kernels.ipynb #n021
+# %% ../../nbs/paddy_multi/accumulate/06_cuda_kernels.ipynb #n022
 class CudaKernels(TorchFunctionMode):
     "Attention and recurrent layers of fake CUDA tensors as the kernels that PyTorch takes on a card"
     def __init__(self,
@@ -200,7 +202,7 @@ def _is_cuda(args, kwargs):
 def _cast(o, dtype):
     return o.to(dtype) if isinstance(o, Tensor) and o.is_floating_point() and o.dtype != torch.float64 else o
 
-# %% ../../nbs/paddy_multi/accumulate/06_cuda_kernels.ipynb #n027
+# %% ../../nbs/paddy_multi/accumulate/06_cuda_kernels.ipynb #n028
 _in_float32 = {
     'layer_norm', 'group_norm', 'batch_norm_stats', 'normalize', 'norm', 'linalg_vector_norm', 'cosine_similarity',
     'softmax', 'log_softmax', 'softplus', 'exp', 'log', 'pow', 'rsqrt', 'sum', 'prod', 'cumsum',

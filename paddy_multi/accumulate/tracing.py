@@ -188,8 +188,8 @@ def run(self:TracedStep,
 )->np.ndarray: # Live bytes after each operation, over `base`: parameters, gradients, state and inputs
     """Forward and backward of exactly `m` items
 
-    Leaves bytes: `peak`, the most, with everything; `base`, what is there at the start: parameters, gradients, state, `inputs`;
-    `forward` and `after`, what is there over `base` after the forward pass and after backward; `outputs`; and `line`, this again"""
+    Leaves bytes: `peak`, the most, with everything; `base`, what is there first (weights, gradients, state, `inputs`);
+    `forward` and `after`, what is over `base` after forward and after backward; `outputs`; and `line`"""
     with self._running():
         self._start(m, gradients)
         if self.device == 'cuda':

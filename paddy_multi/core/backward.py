@@ -156,7 +156,7 @@ def backward(
     def walk(tensors, grads=None, *args, **kwargs):
         pairs = [(t, g) for t,g in zip(tensors, grads) if t.grad_fn is not None]
         _walk([t for t,_ in pairs], [g for _,g in pairs], kept)
-    # A checkpointed part that is run again calls backward itself, or is told by the group that it is still the same backward
+    # A checkpointed part calls backward itself, or is told by the group that it is still the same backward
     with torch.no_grad(), GraphExecGroup(), replaced_in_thread(torch.autograd, 'backward', walk):
         first = torch.ones_like(loss)  # there until the end, as PyTorch has it
         _walk([loss], [first], kept)

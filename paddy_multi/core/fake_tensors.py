@@ -86,7 +86,8 @@ class Answers(TorchDispatchMode):
         if answer is None or func is aten.index.Tensor and not _has_mask(args[1]): return self._run(func, args, kwargs)
         self.asked += 1
         if self.asked > self.limit:
-            raise RuntimeError(f'numbers decide how often it repeats something: {func} was asked for {self.limit} times')
+            raise RuntimeError('numbers decide how often it repeats something: '
+                               f'{func} was asked for {self.limit} times')
         return answer(self, *args, **kwargs)
 
     def _run(self, func, args, kwargs):
@@ -126,7 +127,7 @@ def _packed(self, x, lengths, batch_first):
     return x.new_empty(items*steps, *x.shape[2:]), sizes
 
 def _cpu_lstm(x, *args):
-    "The workspace of an LSTM on a CPU, of which PyTorch's fake tensors say that it is empty; measured with oneDNN, to .5 %"
+    "The workspace of an LSTM on a CPU, which is empty for fake tensors of PyTorch; fitted to oneDNN, to .5 %"
     out = list(aten.mkldnn_rnn_layer.default(x, *args))
     steps,items = x.shape[:2]
     if args[-1]: out[3] = x.new_empty(4*(15*steps+16)*items*out[0].shape[-1], dtype=torch.uint8)
