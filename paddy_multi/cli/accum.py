@@ -82,14 +82,15 @@ def _optimizers():
 
 def _learner(arch, height, width, bs, n_out, optimizer, precision, frozen):
     "An untrained learner for `arch` on pictures of zeros"
+    from fastai.callback.fp16 import MixedPrecision
     from fastai.learner import Learner
     from fastai.losses import CrossEntropyLossFlat
     model,body_and_head = _model(arch, height, width, n_out)
     learn = Learner(_loaders(height, width, bs), model, loss_func=CrossEntropyLossFlat(),
                     opt_func=_optimizers()[optimizer], splitter=body_and_head)
     if frozen: learn.freeze()
-    if precision == 'fp32': return learn
-    return learn.to_fp16() if precision == 'fp16' else learn.to_bf16()
+    if precision != 'fp32': learn.add_cb(MixedPrecision(amp_mode=precision))
+    return learn
 
 # %% ../../nbs/paddy_multi/cli/01_accum.ipynb #n002
 def _write(out, memory, found, plans, settings):
@@ -112,10 +113,10 @@ def _precision(fp16, bf16):
     if bf16 and fp16 is not None: refuse('expected one precision, found two: leave --fp16 or --fp32 out', '--bf16')
     return 'bf16' if bf16 else 'fp32' if fp16 is False else 'fp16'
 
-def _plans(learn, budget, frozen):
+def _plans(learn, budget, reserve, frozen):
     "The table of `plan_training`, after it was printed"
     from paddy_multi.accumulate.plan import plan_training
-    plan = plan_training(learn, budget)
+    plan = plan_training(learn, budget, frozen=[True] if frozen else None, reserve=reserve)
     echo(f'\n{plan}')
     return plan.df
 
@@ -156,7 +157,7 @@ def accum_command(
         memory = predict_memory(learn, [a for a in (1, 2, 4, 8, 16) if a <= bs], frozen=frozen)
         found = find_accumulation(learn, budget, reserve, frozen=frozen)
         _print(memory, found, settings)
-        plans = _plans(learn, budget, frozen) if plan else None
+        plans = _plans(learn, budget, reserve, frozen) if plan else None
         out.mkdir(parents=True, exist_ok=True)
         with locked(out): _write(out, memory, found, plans, settings)
 
