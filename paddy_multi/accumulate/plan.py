@@ -143,8 +143,9 @@ def _settings(learn, device, valid, halves, checkpointing, frozen):
     found = {}
     for half,again,head in itertools.product(halves, checkpointing, frozen):
         try: found[half, again, head] = _setting(learn, device, valid, half, again, head)
-        except ValueError as e:
-            if 'no blocks to checkpoint' not in str(e) or checkpointing == [True]: raise
+        except RuntimeError as e:
+            if 'no blocks to checkpoint' not in str(e.__cause__): raise
+            if checkpointing == [True]: raise e.__cause__
     return found
 
 def plan_training(
