@@ -1,23 +1,27 @@
 "MicroBatch against plain PyTorch loops over whole batches, case by case; what is refused; what interruptions leave"
 import math
+import threading
 import warnings
+import weakref
+from collections import OrderedDict, namedtuple
 from copy import deepcopy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.callback.core import Callback, CancelBatchException, CancelFitException
+from fastai.callback.core import Callback, CancelBackwardException, CancelBatchException, CancelFitException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.hook import ActivationStats
 from fastai.callback.mixup import CutMix, MixUp
-from fastai.callback.rnn import ModelResetter, RNNCallback, RNNRegularizer
 from fastai.callback.schedule import combined_cos
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.vision.learner import create_head
 from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD, Adam
 from fastcore.foundation import L
 from hypothesis import given, settings
@@ -25,6 +29,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from paddy_multi.accumulate.microbatch import MicroBatch
+from paddy_multi.accumulate.passes import autocast_depth
 from paddy_multi.kinds.category import CategoryTarget
 from paddy_multi.kinds.multicategory import MultiCategoryTarget
 from paddy_multi.kinds.regression import RegressionTarget
@@ -499,6 +504,110 @@ def _():
     return ours, lambda: loop((x, y), mlp(), loss=loss), mlp()
 
 
+# --- work on gradients and losses in callbacks
+class ClipAfterBackward(Callback):
+    def after_backward(self): nn.utils.clip_grad_norm_(self.model.parameters(), .1)
+
+
+class PenaltyBefore(Callback):
+    def before_backward(self): self.learn.loss_grad = self.learn.loss_grad + ridge(self.model)
+
+
+class PenaltyOnGradient(Callback):
+    def after_backward(self):
+        for p in self.model.parameters(): p.grad.add_(p.detach()*p.grad.norm())
+
+
+def ridge(model): return .01*sum((p**2).sum() for p in model.parameters())
+
+
+def clip(model, *args): assert nn.utils.clip_grad_norm_(model.parameters(), .1) > .1
+
+
+def add_to_gradient(model, *args):
+    for p in model.parameters(): p.grad.add_(p.detach()*p.grad.norm())
+
+
+def with_callback(cb, whole_head, before_step=None, penalty=False):
+    x, y = data(200)
+    def ours(bs): return quiet(learner(x, y, cbs=[cb(), MicroBatch(bs, whole_head)])).model
+    def plain():
+        model = mlp()
+        loss = (lambda p, t: F.cross_entropy(p, t) + ridge(model)) if penalty else F.cross_entropy
+        return loop((x, y), model, loss=loss, **(dict(before_step=before_step) if before_step else {}))
+    return ours, plain, mlp()
+
+
+for cb, how in ((ClipAfterBackward, dict(before_step=clip)), (PenaltyOnGradient, dict(before_step=add_to_gradient)),
+                (PenaltyBefore, dict(penalty=True))):
+    for whole_head in (False, True):
+        name = f'{cb.__name__}{", whole head" if whole_head else ""}'
+        case(name, chunks=(1, 7, 16, 64))(partial(with_callback, cb, whole_head, **how))
+
+
+# --- batches and outputs of any form
+class Form(nn.Module):
+    "The small model, with `form(model, *inputs)` for its output"
+    def __init__(self, form):
+        super().__init__()
+        self.m, self.form = mlp(), form
+    def forward(self, *xb): return self.form(self.m, *xb)
+
+
+Logits = namedtuple('Logits', 'logits aux')
+
+
+class ModelOutput(OrderedDict):
+    "As those of Hugging Face's models"
+    def __getattr__(self, name): return self[name]
+
+
+def cross(get): return lambda p, y: F.cross_entropy(get(p), y)
+
+
+X, Y = data(64)
+FORMS = {  # form of the output, loss, batch, number of inputs, keywords of MicroBatch
+    '(logits, scalar)': (lambda m, x: (m(x), m(x).pow(2).mean()), lambda p, y: F.cross_entropy(p[0], y)+p[1], (X, Y)),
+    'namedtuple': (lambda m, x: Logits(m(x), m(x)*2), cross(lambda p: p.logits), (X, Y)),
+    'ModelOutput': (lambda m, x: ModelOutput(logits=m(x)), cross(lambda p: p.logits), (X, Y)),
+    'dict': (lambda m, x: dict(logits=m(x), width=C), cross(lambda p: p['logits']), (X, Y)),
+    'None in the output': (lambda m, x: (m(x), None), cross(lambda p: p[0]), (X, Y)),
+    'a loss of its own': (lambda m, x: m(x).pow(2).mean(), lambda p, y: p, (X, Y)),
+    'a shared constant': (lambda m, x, c: m(x)*c.sum(0), F.cross_entropy, (X, torch.ones(7, C).double(), Y), 2),
+    'a scalar tensor': (lambda m, x, c: m(x)*c, F.cross_entropy, (X, torch.tensor(2.).double(), Y), 2),
+    'None': (lambda m, x, c: m(x), F.cross_entropy, (X, None, Y), 2),
+    'a number': (lambda m, x, c: m(x)*c, F.cross_entropy, (X, 2, Y), 2),
+    'a dict of inputs': (lambda m, d: m(d['a'])+d['b'], F.cross_entropy, (dict(a=X, b=X[:, :C]), Y)),
+    'a list of pictures': (lambda m, xs: torch.stack([m(o.mean(0)) for o in xs]), F.cross_entropy,
+                           ([X[i:i+1].repeat(2+i%3, 1) for i in range(64)], Y)),
+    'dict of targets': (lambda m, x: m(x), lambda p, t: F.cross_entropy(p, t['a']), (X, dict(a=Y))),
+    'nested targets': (lambda m, x: m(x), lambda p, t: F.cross_entropy(p, t[0]) + F.mse_loss(p, t[1]['b']),
+                       (X, (Y, dict(b=X[:, :C])))),
+    'split': (lambda m, x: m(x.T), F.cross_entropy, (X.T.contiguous(), Y), 1,
+              dict(split=lambda xb, yb, items: ((xb[0][:, items],), (yb[0][items],)))),
+}
+
+
+def formed(form, loss, batch, n_inp=1, kwargs={}):
+    def ours(bs):
+        learn = learner(X, Y, model=Form(form), loss=loss, cbs=MicroBatch(bs, **kwargs))
+        learn.dls = DataLoaders([batch]*3, [])
+        learn.dls.n_inp = n_inp
+        return quiet(learn).model
+    def plain():
+        model = Form(form)
+        opt = torch.optim.SGD(model.parameters(), LR)
+        for _ in range(3):
+            loss(model(*batch[:n_inp]), *batch[n_inp:]).backward()
+            opt.step()
+            opt.zero_grad()
+        return model
+    return ours, plain, Form(form)
+
+
+for name, form in FORMS.items(): case(f'form: {name}', chunks=(1, 7, 16, 64))(partial(formed, *form))
+
+
 @pytest.mark.parametrize('name', CASES)
 def test_equal_to_a_plain_loop(name):
     one = CASES[name]
@@ -522,7 +631,7 @@ def test_a_frozen_body_runs_once_under_a_whole_head():
     runs = []
     model[0].register_forward_hook(lambda *args: runs.append(torch.is_grad_enabled()))
     quiet(learner(x, y, model=model, cbs=MicroBatch(16, whole_head=True)))
-    assert runs == [False]*4
+    assert runs[-4:] == [False]*4 and not any(runs)  # and before them those that look for layers which mix
 
 
 def test_dropout_in_the_body_is_the_same_in_both_runs_of_a_whole_head():
@@ -537,7 +646,8 @@ def test_dropout_in_the_body_is_the_same_in_both_runs_of_a_whole_head():
             seen.append(out.detach().clone())
             return out
     chunked(16, x, y, model=nn.Sequential(Body(), nn.Linear(16, C, dtype=torch.float64)), whole_head=True)
-    assert len(seen) == 8 and all(torch.equal(a, b) for a, b in zip(seen[:4], seen[4:]))
+    seen = seen[-8:]  # before them stand those that look for layers which mix
+    assert all(torch.equal(a, b) for a, b in zip(seen[:4], seen[4:]))
     assert not torch.equal(seen[0], seen[1])
 
 
@@ -574,9 +684,9 @@ def test_lr_find(tmp_path):
     assert torch.equal(vec(ours.model), vec(mlp()))
 
 
-def test_validation_and_predictions_are_left_alone():
+def test_validation_and_predictions_are_left_alone_if_asked():
     x, y = data(100)
-    learn = learner(x, y, cbs=MicroBatch(7))
+    learn = learner(x, y, cbs=MicroBatch(7, valid=False))
     learn.dls = DataLoaders(learn.dls.train, DataLoader(list(zip(x, y)), bs=50, num_workers=0))
     sizes = []
     learn.model.register_forward_hook(lambda m, inp, out: sizes.append(len(out)))
@@ -635,8 +745,7 @@ class NonNativeMixedPrecision(Callback): "By its name"
 
 @pytest.mark.parametrize('cb, why', [
     (GradientAccumulation(8), 'it splits the update too'), (MicroBatch(4), 'it splits the update too'),
-    (ActivationStats(), 'it keeps what one forward pass'), (RNNCallback(), 'it keeps what one'),
-    (RNNRegularizer(), 'it keeps what one'), (ModelResetter(), 'carries its state'),
+    (ActivationStats(), 'it keeps what one forward pass'),
     (GANTrainer(), 'two models in turns'), (NonNativeMixedPrecision(), 'use to_fp16'),
     (DistributedTrainer(), 'several processes are not supported yet'), (ParallelTrainer(), 'train on one device'),
     (BPRCallback(), 'for the whole batch'), (SoftmaxCallback(), 'for the whole batch')],
@@ -652,7 +761,7 @@ def masked_mse(preds, targs):
     have = ~targs.isnan()
     return F.mse_loss(preds[have].view(-1), targs[have])
 
-def test_a_loss_inside_a_combined_loss_is_compared_on_every_batch():
+def test_a_loss_inside_a_combined_loss_is_looked_at_when_its_labels_begin_to_miss():
     x, y = data(128)
     size = x[:, 0].clone()
     size[70:80] = math.nan  # the first batch is complete
@@ -694,22 +803,15 @@ def test_parts_of_unequal_length():
     x, y = data(64)
     learn = learner(x, y, cbs=MicroBatch(8))
     learn.dls = DataLoaders([(x, y[:60])], [])
-    said = r'all parts of a batch must have the same number of items, found \[64, 60\]'
+    said = r'cannot tell which inputs belong to the items of the targets \(tuple\(Tensor\[60\]\)\)'
     with pytest.raises(ValueError, match=said): quiet(learn)
-
-
-def test_a_part_that_is_no_tensor():
-    x, y = data(3)
-    learn = learner(x, y, cbs=MicroBatch(2))
-    learn.dls = DataLoaders([(x, ('a', 'b', 'c'), y)], [])
-    with pytest.raises(TypeError, match="found 'a' in the batch: collate it to a tensor"): quiet(learn)
 
 
 def test_a_loss_that_does_not_add_up_is_refused_before_any_update():
     def contrast(preds, y): return (preds@preds.T).logsumexp(1).mean()
     learn = learner(*data(64), loss=contrast, cbs=MicroBatch(16))
-    said = (r'contrast does not add up over chunks: .* from chunks of 16, .* from the whole batch of 64\. '
-            'Give it .* or run the loss on whole batches')
+    said = (r'contrast does not add up over chunks: for 16 items, as one batch and as chunks of 5 and 11, its '
+            r'gradients are .* apart\. Give it .* or run the loss on whole batches: MicroBatch\(16, whole_head=True\)')
     with pytest.raises(ValueError, match=said): quiet(learn)
     assert torch.equal(vec(learn.model), vec(mlp()))
     assert not any(p.grad is not None and p.grad.any() for p in learn.model.parameters())
@@ -727,7 +829,7 @@ def test_whole_head_needs_parts_and_one_input():
     parts = r'whole_head needs a model nn.Sequential\(body, head\), as vision_learner makes it, found Linear'
     with pytest.raises(ValueError, match=parts):
         chunked(8, x, y, model=nn.Linear(D, C, dtype=torch.float64), whole_head=True)
-    inputs = r'whole_head needs a model with one input, found 2: make them one tensor, or use MicroBatch\(8\)'
+    inputs = r'one input, a tensor, found tuple\(.*\): make it one tensor, or use MicroBatch\(8\)'
     with pytest.raises(ValueError, match=inputs): chunked(8, x, x, y, n_inp=2, whole_head=True)
 
 
@@ -912,7 +1014,7 @@ def test_autocast_is_on_in_every_chunk_and_left_after_an_error():
     on = []
     learn.model.register_forward_hook(lambda *args: on.append(torch.is_autocast_enabled('cpu')))
     quiet(learn)
-    assert on == [True]*4 and not torch.is_autocast_enabled('cpu')
+    assert on[-4:] == [True]*4 and not torch.is_autocast_enabled('cpu')
     with pytest.raises(KeyboardInterrupt):
         quiet(learn, lambda o: o.fit(1, cbs=Raise('after_pred', KeyboardInterrupt())))
     assert not torch.is_autocast_enabled('cpu')
@@ -973,3 +1075,217 @@ def test_the_callback_copies_and_pickles():
     import pickle
     cb = pickle.loads(pickle.dumps(deepcopy(MicroBatch(16, whole_head=True, auto=True))))
     assert (cb.bs, cb.whole_head, cb.auto) == (16, True, True)
+
+
+# --- outputs --------------------------------------------------------------------------------------------------------
+class Peek(Callback):
+    reads_outputs = False
+    def after_batch(self): self.seen = self.learn.pred.shape
+
+
+def test_an_output_that_is_read_though_not_kept_is_refused():
+    with pytest.raises(RuntimeError, match=r'did not keep the output of this batch.*MicroBatch\(bs, keep=True\)'):
+        quiet(learner(*data(64), cbs=[Peek(), MicroBatch(16, keep=False)]))
+    assert quiet(learner(*data(64), cbs=[Peek(), MicroBatch(16, keep=True)])).peek.seen == (64, C)
+
+
+def test_nothing_of_a_chunk_is_alive_when_the_next_one_begins():
+    alive = []
+    class Notes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.m, self.last = mlp(), []
+        def forward(self, x):
+            alive.append(sum(o() is not None for o in self.last))
+            out = self.m(x)
+            self.last.append(weakref.ref(out))
+            return out
+    class NotRead(Float32Loss): reads_outputs = False
+    for keep in (False, True):
+        learn = learner(*data(64), model=Notes(), cbs=MicroBatch(16, keep=keep))
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            quiet(learn)
+    assert not any(alive)
+
+
+class Overwriting(nn.Module):
+    "As CUDA graphs: every output and every new gradient is spoiled when the next chunk begins"
+    def __init__(self):
+        super().__init__()
+        self.m, self.last = mlp(), []
+    def forward(self, x):
+        for o in self.last: o.fill_(math.nan)
+        out = self.m(x)
+        self.last = [out.data]
+        return out
+
+
+def test_what_is_kept_survives_memory_that_is_used_again(monkeypatch):
+    from paddy_multi.accumulate import microbatch
+    monkeypatch.setattr(microbatch, 'reuses_memory', lambda model: True)
+    begun = []
+    monkeypatch.setattr(torch.compiler, 'cudagraph_mark_step_begin', lambda: begun.append(1))
+    x, y = data(64)
+    valid = DataLoader(list(zip(x, y)), bs=64, num_workers=0)
+    class Spoil(Callback):
+        "The first gradients too"
+        order, grads = 99, ()
+        def before_backward(self):
+            for o in self.grads: o.fill_(math.nan)
+            self.grads = []
+            for p in self.model.parameters():
+                if p.grad is None: p.register_hook(lambda g: self.grads.append(g))
+    class Keep(Callback):
+        def after_batch(self): self.out = self.learn.pred.clone()
+    learn = learner(x, y, model=Overwriting(), cbs=[Keep(), MicroBatch(16)])
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        quiet(learn)
+    assert error(learn.model, loop((x, y), mlp()), mlp()) < 1e-12
+    assert torch.allclose(learn.keep.out, mlp()(x).detach(), atol=1e-12)
+    assert len(begun) == 4
+    with learn.no_bar(): preds, _ = learn.get_preds(dl=valid)
+    assert torch.allclose(preds, learn.model(x).detach(), atol=1e-12) and len(begun) == 8
+
+
+# --- validation -----------------------------------------------------------------------------------------------------
+def contrast(preds, y, reduction='mean'):
+    loss = F.cross_entropy(preds, y, reduction='none') + (preds@preds.T).logsumexp(1)
+    return loss if reduction == 'none' else loss.mean()
+
+
+@pytest.mark.parametrize('whole_head', [False, True])
+@pytest.mark.parametrize('loss', [F.cross_entropy, CrossEntropyLossFlat(), contrast, nn.CrossEntropyLoss()],
+                         ids=['function', 'fastai', 'does not add up', 'module'])
+def test_validation_and_predictions_in_chunks_are_those_without(loss, whole_head):
+    from fastai.metrics import accuracy
+    x, y = data(100)
+    def run(cbs, sizes):
+        learn = learner(x, y, loss=loss, metrics=accuracy, cbs=cbs)
+        learn.dls.loaders.pop()
+        learn.dls.loaders.append(DataLoader(list(zip(x, y)), bs=60, num_workers=0))
+        learn.model.register_forward_hook(lambda m, inp, out: sizes.append(len(out)))
+        with learn.no_bar():
+            values = learn.validate()
+            preds = learn.get_preds(with_loss=True, with_input=True)
+        assert not learn.lock.locked()
+        return [*values, *preds]
+    sizes = []
+    for a, b in zip(run([], []), run([MicroBatch(16, whole_head)], sizes)):
+        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b)) or \
+            torch.allclose(torch.as_tensor(a), torch.as_tensor(b), rtol=0, atol=1e-12)
+    assert whole_head or max(sizes) == 15
+
+
+def test_predictions_without_targets_in_chunks():
+    x, y = data(100)
+    learn, sizes = learner(x, y, cbs=MicroBatch(7)), []
+    learn.model.register_forward_hook(lambda m, inp, out: sizes.append(len(out)))
+    with learn.no_bar(): preds, targs = learn.get_preds(dl=[(x[:64],), (x[64:],)], reorder=False)
+    assert torch.allclose(preds, learn.model(x).detach(), atol=1e-12) and max(sizes[2:-1]) == 7
+
+
+@pytest.mark.parametrize('event', ['model', 'after_pred', 'after_loss'])
+@pytest.mark.parametrize('cls', [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_an_error_in_validation_leaves_nothing(event, cls):
+    x, y = data(64)
+    learn = learner(x.float(), y, model=mlp().float(), cbs=[BF16(amp_mode='bf16'), MicroBatch(16)])
+    calls = []
+    def fail(*args):
+        calls.append(1)
+        if len(calls) == (3 if event == 'model' else 1): raise cls('stopped')
+    cb = Callback() if event == 'model' else Callback(**{event: fail})
+    if event == 'model': learn.model.register_forward_hook(fail)
+    cb.order = -60  # before mixed precision leaves
+    for cb_ in learn._grab_cbs(BF16): cb_.before_fit()
+    with learn.no_bar(), pytest.raises(cls): learn.validate(dl=[(x.float(), y)], cbs=cb)
+    assert not learn.lock.locked() and not torch.is_autocast_enabled('cpu') and len(learn.xb[0]) == 64
+    assert autocast_depth() == 0
+
+
+@pytest.mark.parametrize('event', ['after_pred', 'after_loss', 'before_backward', 'after_backward'])
+@pytest.mark.parametrize('whole_head', [False, True])
+def test_autocast_is_left_after_an_error_anywhere(event, whole_head):
+    x, y = data(64)
+    stop = Raise(event, KeyboardInterrupt())
+    stop.order, stop.count = -60, 2
+    learn = learner(x.float(), y, model=mlp().float(), cbs=[BF16(amp_mode='bf16'), MicroBatch(16, whole_head)])
+    with pytest.raises(KeyboardInterrupt): quiet(learn, lambda o: o.fit(1, cbs=stop))
+    assert autocast_depth() == 0 and not torch.is_autocast_enabled('cpu')
+    assert all(p.grad is None or not p.grad.any() for p in learn.model.parameters())
+
+
+def test_auto_halves_in_validation():
+    x, y = data(64)
+    class Small(nn.Sequential):
+        def forward(self, x):
+            if len(x) > 10: raise torch.OutOfMemoryError('simulated')
+            return super().forward(x)
+    learn = learner(x, y, model=Small(*mlp()), cbs=(cb := MicroBatch(32, auto=True)))
+    with learn.no_bar(), pytest.warns(UserWarning, match='goes on with 8'):
+        preds, _ = learn.get_preds(dl=[(x, y)], reorder=False)
+    assert cb.bs == 8 and torch.allclose(preds, mlp()(x).detach(), atol=1e-12)
+
+
+# --- losses whose values hide what is wrong -------------------------------------------------------------------------
+def test_advantages_normalised_over_the_batch_are_refused():
+    x, y = data(64)
+    adv = torch.randn(64, generator=rng(5)).double()*3+1
+    def policy(p, a, adv):
+        lp = p.log_softmax(1).gather(1, a[:, None])[:, 0]
+        return -((adv-adv.mean())/adv.std()*(lp-lp.detach()).exp()).mean()
+    with pytest.raises(ValueError, match='policy does not add up'): chunked(16, x, y, adv, loss=policy)
+
+
+def test_padding_inside_a_function_beside_a_price_is_refused():
+    x, y = data(64)
+    price = 200_000+50_000*torch.randn(64, generator=rng(5)).double()
+    def both(p, y, t): return F.cross_entropy(p[:, :C], y, ignore_index=0) + F.mse_loss(p[:, C], t)
+    with pytest.raises(ValueError, match='both does not add up'): chunked(16, x, y, price, model=mlp(C+1), loss=both)
+
+
+def test_two_learners_in_two_threads_share_a_loss():
+    x, y = data(200)
+    loss = nn.CrossEntropyLoss(torch.tensor([1., 5, .1, 2, 9]).double())
+    models = [mlp(), mlp()]
+    expected = loop((x, y), mlp(), epochs=10, loss=deepcopy(loss))
+    learns = [learner(x, y, model=m, loss=loss, cbs=MicroBatch(7)) for m in models]
+    for learn in learns:
+        for cb in [o for o in learn.cbs if type(o).__name__ == 'ProgressCallback']: learn.remove_cb(cb)
+        learn.logger = lambda *args: None
+    threads = [threading.Thread(target=o.fit, args=(10,)) for o in learns]
+    for o in threads: o.start()
+    for o in threads: o.join()
+    for m in models: assert error(m, expected, mlp()) < 1e-12
+    assert loss.reduction == 'mean'
+
+
+def test_layers_that_mix_and_buffers_that_change_are_warned_of_once_a_fit():
+    class Stats(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer('seen', torch.zeros(D).double())
+        def forward(self, x):
+            self.seen.add_(x.detach().mean(0))
+            return x - x.mean(0)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        quiet(learner(*data(128), model=nn.Sequential(Stats(), *mlp()), cbs=MicroBatch(16)))
+        quiet(learner(*data(128), cbs=MicroBatch(16)))
+    said, = [str(o.message) for o in seen if 'Updates in chunks' in str(o.message)]
+    assert '0 (Stats)' in said and '0.seen' in said
+
+
+def test_cancelling_backward_is_that_of_the_batch():
+    x, y = data(128)
+    class Skip(Callback):
+        "The second batch, at its third chunk"
+        def before_fit(self): self.count, self.cancelled = 0, 0
+        def before_backward(self):
+            self.count += 1
+            if self.count == 7: raise CancelBackwardException
+        def after_cancel_backward(self): self.cancelled += 1
+    learn = quiet(learner(x, y, cbs=[Skip(), MicroBatch(16)]))
+    assert learn.skip.cancelled == 1 and learn.skip.count == 8
+    assert error(learn.model, loop((x[:64], y[:64]), mlp()), mlp()) < 1e-12

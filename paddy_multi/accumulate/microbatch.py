@@ -43,7 +43,8 @@ class MicroBatch(Passes):
         if isinstance(bs, bool) or not isinstance(bs, int) or bs < 1:
             raise ValueError(f'bs is the number of items that are run at a time, a positive int; found {bs!r}')
         if split is not None and not callable(split):
-            raise TypeError(f'split is a function of (xb, yb, items) that gives (xb, yb) of these items; found {split!r}')
+            raise TypeError('split is a function of (xb, yb, items) that gives (xb, yb) of these items; '
+                            f'found {split!r}')
         if keep not in (None, True, False):
             raise ValueError(f'keep is True, False or None, which asks metrics and callbacks; found {keep!r}')
         self.bs,self.whole_head,self.auto,self.valid,self.split,self.keep = bs,whole_head,auto,valid,split,keep

@@ -53,8 +53,8 @@ class NotKept:
     @classmethod
     def __torch_function__(cls, *args, **kwargs): cls._refuse(None)
 
-_operators = '''len iter getitem bool float int array contains add radd sub rsub mul rmul truediv rtruediv matmul rmatmul
-    pow rpow neg abs lt le gt ge call'''
+_operators = '''len iter getitem bool float int array contains add radd sub rsub mul rmul truediv rtruediv matmul
+    rmatmul pow rpow neg abs lt le gt ge call'''
 for _name in _operators.split(): setattr(NotKept, f'__{_name}__', NotKept._refuse)
 
 # %% ../../nbs/paddy_multi/accumulate/04_outputs.ipynb #n015
