@@ -1,4 +1,4 @@
-"Plans of training against real tensors on a CPU: bytes of every combination, FLOPs, what is set up, and what is refused"
+"Plans of training against real tensors on a CPU: bytes of all combinations, FLOPs, what is set up and what is refused"
 import math
 import weakref
 from copy import deepcopy

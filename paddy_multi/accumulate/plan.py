@@ -167,7 +167,8 @@ def plan_training(
     for o in accums or ():
         if isinstance(o, bool) or not isinstance(o, Integral) or o < 1:
             raise ValueError(f'accums are numbers of chunks, positive ints; found {o!r}')
-    ways = _choices(learn, device, precisions=precisions, optimizers=optimizers, checkpointing=checkpointing, frozen=frozen)
+    ways = _choices(learn, device, precisions=precisions, optimizers=optimizers, checkpointing=checkpointing,
+                    frozen=frozen)
     if device == 'cpu': halves = {o: False for o in ways['precisions']}
     else: halves = {o: o != 'fp32' for o in ways['precisions']}
     traced = _settings(learn, device, valid, sorted(set(halves.values())), ways['checkpointing'], ways['frozen'])
