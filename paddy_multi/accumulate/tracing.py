@@ -87,8 +87,7 @@ class TracedStep:
         self.kernels = 'formula' if device == 'cuda' and not torch.backends.cuda.is_built() else device
         self.device = 'cuda' if self.kernels == 'cuda' else 'cpu'
         self.fake,self.count = FakeTensorMode(allow_non_fake_inputs=True),counter()
-        self.answers = Answers(self.fake, self.device)
-        self.learn = copied_learner(learn, self.fake, self.device)
+        self.answers,self.learn = Answers(self.fake, self.device),copied_learner(learn, self.fake, self.device)
         self.model = self.learn.model
         with self._tracing():
             if prepare: prepare(self.model)
@@ -113,11 +112,12 @@ class TracedStep:
         for p in self.params: p.grad = torch.zeros_like(p) if there else None
 
     def _count_update(self, opt):
-        count,self.answers.number = self.count,1  # an optimizer asks which step it is
+        count,self.answers.number = self.count,2  # an optimizer asks which step it is
+        made = count.live  # with what the optimizer made at once
         self._set_gradients(True)
-        self.gradients,before = count.live-self.parameters,count.live
+        self.gradients = count.live-made
         opt.step()
-        self.state,count.peak = count.live-before,count.live
+        self.state,count.peak = count.live-self.parameters-self.gradients,count.live
         opt.step()
         self.update = count.peak-count.live
         opt.zero_grad()
