@@ -120,6 +120,13 @@ def _plans(learn, budget, reserve, frozen):
     echo(f'\n{plan}')
     return plan.df
 
+# %% ../../nbs/paddy_multi/cli/01_accum.ipynb #n106
+def _print(memory, found, settings):
+    megabytes = (memory.drop(columns='items')/1e6).round().astype(int)
+    head = ', the head alone' if settings['frozen'] else ''
+    echo('{arch}, {size} px, batches of {bs}, {optimizer}, {precision}'.format(**settings) + head +
+         f'. Predicted MB at the peak:\n\n{megabytes.to_string()}\n\n{found}')
+
 # %% ../../nbs/paddy_multi/cli/01_accum.ipynb #n105
 def accum_command(
     out:Annotated[Path, typer.Option(
@@ -160,9 +167,3 @@ def accum_command(
         plans = _plans(learn, budget, reserve, frozen) if plan else None
         out.mkdir(parents=True, exist_ok=True)
         with locked(out): _write(out, memory, found, plans, settings)
-
-def _print(memory, found, settings):
-    megabytes = (memory.drop(columns='items')/1e6).round().astype(int)
-    head = ', the head alone' if settings['frozen'] else ''
-    echo('{arch}, {size} px, batches of {bs}, {optimizer}, {precision}'.format(**settings) + head +
-         f'. Predicted MB at the peak:\n\n{megabytes.to_string()}\n\n{found}')
