@@ -48,18 +48,18 @@ def _needs_no_numbers(model):
                            'measure it instead, with benchmark_accumulation(make_learner)') from e
 
 @patch
-def _traced(self:StepMemory, m, gradients=None):
-    "Bytes over those at the start, of forward and backward of `m` items; `gradients` as the optimizer leaves them"
-    key,step,made = (m, gradients),self.step,[]
-    if key not in self.runs:
+def _traced(self:StepMemory, m):
+    "Bytes over those at the start, of forward and backward of a whole batch, or of a chunk of `m` with gradients"
+    step,made = self.step,[]
+    if m not in self.runs:
         items = self.head.set_chunk(m, self.n) if self.head else m
         hook = step.model.register_forward_pre_hook(lambda *_: made.append(step.count.live-step.base))
-        with _needs_no_numbers(step.model): step.run(items, gradients)
+        with _needs_no_numbers(step.model): step.run(items, None if m == self.n else True)
         hook.remove()
-        self.runs[key] = SimpleNamespace(
+        self.runs[m] = SimpleNamespace(
             items=items, made=made[0]/items, outputs=step.outputs/items,  # by callbacks and by the model, an item
             forward=step.forward-made[0], over=step.peak-step.base-made[0])
-    return self.runs[key]
+    return self.runs[m]
 
 @patch
 def _validated(self:StepMemory, m):
@@ -85,14 +85,9 @@ def _batch_bytes(item, n):
     return sum(size(o) for o in specs if isinstance(o, (ItemSpec, torch.Tensor)))
 
 @patch
-def _chunk(self:StepMemory, m):
-    "What was traced of a chunk, whose batch has its gradients already, or of a whole batch"
-    return self._traced(m, gradients=None if m == self.n else True)
-
-@patch
 def _training(self:StepMemory, m):
     "The moment when a chunk of `m` items takes most"
-    whole,step,run = m == self.n,self.step,self._chunk(m)
+    whole,step,run = m == self.n,self.step,self._traced(m)
     moment = dict(gradients=step.gradients, inputs=_batch_bytes(step.item, self.n)+run.made*self.n,
                   activations=run.forward, temporaries=run.over-run.forward+self._kept(run)*(self.n-run.items))
     if whole and not step.keeps_gradients:
@@ -110,7 +105,7 @@ def _sum(moment): return sum(moment.values())
 @patch
 def _updating(self:StepMemory, m):
     "The moment of the optimizer's update, after chunks of `m` items"
-    step,run = self.step,self._chunk(m)
+    step,run = self.step,self._traced(m)
     return dict(gradients=step.gradients, inputs=_batch_bytes(step.item, self.n)+run.made*self.n,
                 activations=0, temporaries=self.update+self._kept(run)*self.n)
 
@@ -169,6 +164,9 @@ def at(self:StepMemory,
     more = besides(total, parts['inputs'], moving, self.device, step.dtype is not None)
     return dict(items=m, **parts, total=total, **more)
 
+_categories = 'parameters', 'gradients', 'optimizer', 'inputs', 'activations', 'temporaries'
+
+# %% ../../nbs/paddy_multi/accumulate/09_steps.ipynb #n020
 @patch
 def smallest(self:StepMemory)->int: # Items
     "The smallest chunk that can train: one item, or two where BatchNorm refuses one"
@@ -182,14 +180,12 @@ def by_module(self:StepMemory,
 )->dict: # Bytes by the name of the module, and 'loss' for what none of them made
     "The activations of a chunk, by the innermost module that made them"
     m = math.ceil(self.n/accum)
-    run = self._chunk(m)
+    run = self._traced(m)
     if self.head: self.head.set_chunk(m, self.n)
     sizes = self.step.by_module(run.items)
     return {**sizes, 'loss': round(sizes.get('loss', 0)-run.made*run.items)}
 
-_categories = 'parameters', 'gradients', 'optimizer', 'inputs', 'activations', 'temporaries'
-
-# %% ../../nbs/paddy_multi/accumulate/09_steps.ipynb #n021
+# %% ../../nbs/paddy_multi/accumulate/09_steps.ipynb #n023
 class WholeHead:
     "The forward pass of a `model` whose body runs a chunk at a time, and its head all items"
     def __init__(self,
@@ -216,7 +212,7 @@ class WholeHead:
         self.model.feats = feats.detach()  # they stay until the end
         return head(feats)
 
-# %% ../../nbs/paddy_multi/accumulate/09_steps.ipynb #n024
+# %% ../../nbs/paddy_multi/accumulate/09_steps.ipynb #n026
 def _valid_items(learn):
     "Items in a batch for validation, 0 without"
     dl = learn.dls.loaders[1] if len(learn.dls.loaders) > 1 else []
