@@ -388,7 +388,7 @@ def test_the_budget_is_kept_to_the_byte_with_the_reserve():
     assert find_accumulation(learn, need+10**8, reserve='100MB').accum == 4
     tighter = find_accumulation(learn, need+10**8-1, reserve='100MB')
     assert (tighter.accum, tighter.bs) == (5, 7) and tighter.total <= tighter.budget - tighter.reserve < need
-    assert find_accumulation(learn, need, reserve=None).accum == 4
+    assert find_accumulation(learn, need, reserve=0).accum == 4
 
 
 def test_what_was_found_is_what_microbatch_runs():
