@@ -223,6 +223,15 @@ KNOWN = {'weights': CrossEntropyLossFlat(weight=WEIGHT), 'ignored': CrossEntropy
 def test_losses_whose_parts_are_known_pass(name): check(KNOWN[name], P, (Y,))
 
 
+def test_fastais_smoothing_with_weights_is_refused():
+    "Its one part divides by the weights of the labels, its other by the items; PyTorch's own adds up"
+    loss = LabelSmoothingCrossEntropyFlat(weight=WEIGHT)
+    with pytest.raises(ValueError, match='LabelSmoothingCrossEntropyFlat does not add up over chunks.*'
+                                         r'MicroBatch\(13, whole_head=True\)'): check(loss, P, (Y,))
+    loss.reduction = 'sum'
+    check(loss, P, (Y,))
+
+
 def test_a_sum_that_is_said_passes(): check(DiceLoss(), DENSE, (MASK,))
 
 
@@ -325,6 +334,15 @@ def test_items_are_picked_from_end_to_end_missing_ones_first():
 def test_few_items_of_a_large_output(width, k):
     items, split = items_to_check((Y,), N, width)
     assert len(items) == k and split == max(1, k//3)
+
+
+def test_a_large_output_is_looked_at_in_the_chunk_whose_targets_differ_most():
+    "Missing labels beside others differ most; a chunk of one item has nobody to differ from"
+    chunks = [slice(0, 1), slice(1, 4), slice(4, 7)]
+    for targ, expected in (([0, 5, 5, 5, 1, 1, 2], [4, 6]), ([9, 1, 3, 2, 7, 7, math.nan], [6, 5]),
+                           ([1.]*7, [1, 3])):
+        items, split = items_to_check((torch.tensor(targ),), 7, 10**7, chunks)
+        assert items.tolist() == expected and split == 1
 
 
 @pytest.mark.parametrize('targs', [(Y[:3],), (dict(a=1, y=Y[:3]),), (['a', 'b', 'c'],), (), (MASK[:3],)])

@@ -125,46 +125,48 @@ def _remembered(model, names, xb):
         except Exception: return [o for o in names if any(not t.requires_grad for t in tensors_in(value(o)))]
 
 # %% ../../nbs/paddy_multi/accumulate/03_coupling.ipynb #n020
-_rows = 8  # divisible by the groups of layers that take statistics over a few items
 _mixing = 'EvoNorm2dB0 EvoNorm2dB1 EvoNorm2dB2 MinibatchStdDev MinibatchStd MiniBatchStdDev BatchRenorm'.split()
 
 def mixing_layers(
     model:nn.Module, # As it trains
     xb:tuple, # Inputs of a batch
     n:int, # Items in the batch
+    bs:int=8, # Items at a time; more are not run, unless it is 1
 )->list: # Names of layers, with their classes
     "Layers other than BatchNorm in which an item's output depends on other items of its batch"
     model = getattr(model, '_orig_mod', model)
     known = [m for m in model.modules() if type(m).__name__ in _mixing and m.training]
+    rows = 8 if bs >= 8 else 4 if bs >= 4 else 2  # as layers want it that take statistics over a few items
     try:
-        batches = _two_batches(xb, n)
-        with Trials(model) as trials: known += _first_mixing(trials, *batches) if batches else []
+        batches = _two_batches(xb, n, rows)
+        with Trials(model) as trials: known += _first_mixing(trials, *batches, rows) if batches else []
     except Exception: pass  # it runs with whole batches alone, or not at all
     kinds = {type(m) for m in known if not isinstance(m, _BatchNorm)}
     return [f'{name or "model"} ({type(m).__name__})' for name,m in model.named_modules() if type(m) in kinds]
 
-def _two_batches(xb, n):
+def _two_batches(xb, n, rows):
     "The first item with copies of the second, and with others; None if there are no others"
     if n < 3: return None
-    others = [1]*(_rows-1),[2 + i%(n-2) for i in range(_rows-1)]
+    others = [1]*(rows-1),[2 + i%(n-2) for i in range(rows-1)]
     one,two = (cut(xb, torch.tensor([0, *o]), n) for o in others)
     return None if are_same(one, two) else (one, two)
 
 # %% ../../nbs/paddy_multi/accumulate/03_coupling.ipynb #n021
-def _first_mixing(trials, one, two):
+def _first_mixing(trials, one, two, rows):
     "Innermost modules that see the same first item in both batches, and give another output for it"
-    runs = [_watched_run(trials, xb) for xb in (one, two)]
+    runs = [_watched_run(trials, xb, rows) for xb in (one, two)]
     found = [m for (m,ins,outs),(_,ins2,outs2) in zip(*runs)
              if ins and are_same(ins, ins2) and not are_same(outs, outs2, 1e-4) and not isinstance(m, nn.RNNBase)]
     return [m for m in found if not any(o in found for o in [*m.modules()][1:])]
 
-def _watched_run(trials, xb):
-    "What each module got and gave for the first item; of what has no items, two sums"
+def _watched_run(trials, xb, rows):
+    "What each module got and gave for the first item, by some of the numbers; of what has no items, two sums"
     calls,open_calls = [],[]
-    def first_of(o): return [copied(t[0]) if t.ndim and len(t) == _rows else _sums(t) for t in tensors_in(o)]
-    def before(m, args, kwargs): open_calls.append(first_of((args, kwargs)))
+    def has_items(t): return t.ndim and len(t) == rows
+    def got(o): return [(_some(t[0]), t[0].sum()) if has_items(t) else _sums(t) for t in tensors_in(o)]
+    def before(m, args, kwargs): open_calls.append(got((args, kwargs)))
     def after(m, args, kwargs, out):
-        calls.append((m, open_calls.pop(), [copied(t[0]) for t in tensors_in(out) if t.ndim and len(t) == _rows]))
+        calls.append((m, open_calls.pop(), [_some(t[0]) for t in tensors_in(out) if has_items(t)]))
     trials.restore()
     for m in trials.model.modules():
         m.register_forward_pre_hook(before, with_kwargs=True)
@@ -174,14 +176,20 @@ def _watched_run(trials, xb):
 
 def _sums(t): return torch.stack([t.double().sum(), t.double().square().sum()])
 
+def _some(t):
+    "At most 1024 numbers of `t`, from all over it"
+    t,n = t.detach().reshape(-1),t.numel()
+    return t.clone() if n <= 1024 else t[torch.arange(1024, device=t.device)*1_000_003 % n]
+
 # %% ../../nbs/paddy_multi/accumulate/03_coupling.ipynb #n025
 def scalar_adds_up(
     model:nn.Module, # As it trains
     xb:tuple, # Inputs of a batch
     n:int, # Items in the batch
+    bs:int=8, # Items at a time; more are not run, unless it is 1
 )->bool: # True as well for a model without scalars, and for one that cannot be tried
     "Whether the scalars that `model` gives are means over the items"
-    model,m = getattr(model, '_orig_mod', model),min(n, 5)
+    model,m = getattr(model, '_orig_mod', model),max(2, min(n, bs, 5))
     def scalars(start, stop):
         trials.restore()
         out = trials.run(cut(xb, torch.arange(start, stop), n))

@@ -25,12 +25,18 @@ def items_to_check(
     targs, # Targets of a batch, in any nesting
     n:int, # Items in the batch
     width:int, # Numbers in the output for one item
+    chunks:list=(), # A slice for each chunk of the batch
 )->tuple: # Positions of some items, a `LongTensor`, and how many of these make the first chunk
-    "Up to 16 items whose targets differ most, fewer where an output is large, in the order of their targets"
-    k = min(n, max(2, min(16, 2**17//max(width, 1))))
-    order = _by_target(targs, n).sort(stable=True).indices
-    picked = order[torch.linspace(0, n-1, k).round().long()]
-    return picked, max(1, k//3)
+    "Up to 16 items whose targets differ most, fewer and of one of `chunks` where an output is large, in their order"
+    k,keys,among = max(2, min(16, 2**17//max(width, 1))),_by_target(targs, n),torch.arange(n)
+    if k < 16 and (of_several := [o for o in chunks if o.stop-o.start > 1]):
+        among = among[_most_unlike(keys, of_several)]
+    order,k = among[keys[among].sort(stable=True).indices],min(k, len(among))
+    return order[torch.linspace(0, len(order)-1, k).round().long()], max(1, k//3)
+
+def _most_unlike(keys, chunks):
+    ranks = keys.unique(return_inverse=True)[1]
+    return max(chunks, key=lambda o: int(ranks[o].max()-ranks[o].min()))
 
 def _by_target(targs, n):
     "A number for every item: level and spread of its first target; lowest for a missing one"
@@ -61,7 +67,7 @@ class _SameNumbers(TorchDispatchMode):
 def _piece(o, items, n):
     "Copies of the `items` of `o`, in which tensors and lists of `n` hold items; other things are of all items"
     contents,like = made_of(o)
-    if isinstance(o, Tensor): return (o[items] if o.ndim and len(o) == n else o).clone()
+    if isinstance(o, Tensor): return (o[items] if o.ndim and len(o) == n > items.stop-items.start else o).clone()
     if contents is None: return o
     columns = all(isinstance(v, Tensor) and v.ndim and len(v) == n for v in contents)
     if is_list(o) and len(contents) == n and not columns: return like(contents[items])
@@ -73,26 +79,44 @@ def _gradients(part, preds, targs, chunks, n, start):
     wanted = []
     def leaf(o):
         if not o.is_floating_point(): return o
-        wanted.append(o.detach().clone().requires_grad_())
+        wanted.append(o.detach().requires_grad_())
         return wanted[-1]
-    preds,total = map_tensors(leaf, preds),0.
+    preds = map_tensors(leaf, preds)
+    found = [None for _ in wanted]
     for items in chunks:
         set_random_states(**start)
-        total = total + part(_piece(preds, items, n), *(_piece(o, items, n) for o in targs))
-    if not wanted: return []
-    depends = isinstance(total, Tensor) and total.requires_grad
-    found = torch.autograd.grad(total, wanted, allow_unused=True) if depends else [None for _ in wanted]
+        loss = part(_piece(preds, items, n), *(_piece(o, items, n) for o in targs))
+        if not wanted or not isinstance(loss, Tensor) or not loss.requires_grad: continue
+        grads = torch.autograd.grad(loss, wanted, allow_unused=True)
+        found = [_sum(*o, in_place=g.ndim and len(g) == n) for g,o in zip(wanted, zip(found, grads))]
+        del grads
     return [torch.zeros_like(o) if g is None else plain(g) for o,g in zip(wanted, found)]
+
+def _sum(a, b, in_place):
+    "Sum of gradients, of which either may be None; that of a piece has memory of its own, and can take the next"
+    if a is None or b is None: return b if a is None else a
+    return a.add_(b) if in_place else a+b
 
 # %% ../../nbs/paddy_multi/accumulate/02_loss_check.ipynb #n020
 def _apart(one, other):
     "Largest difference of two gradients, relative to the largest number in its column; infinite for NaN in one alone"
-    a,b = (o.double().movedim(1, 0).flatten(1) if o.ndim > 1 else o.double().reshape(1, -1) for o in (one, other))
-    if not a.numel(): return 0.
-    same = (a == b) | (a.isnan() & b.isnan())
-    largest = torch.maximum(a.abs(), b.abs()).nan_to_num(0, 0).amax(1, keepdim=True)
+    if not one.numel(): return 0.
+    pieces = zip(*map(_in_pieces, (one, other)))
+    apart,largest = (torch.stack(o).amax(0) for o in zip(*(_by_column(*o) for o in pieces)))
     scale = (largest + largest.max()*1e-6).clamp(min=torch.finfo(one.dtype).tiny)
-    return float(torch.where(same, 0., (a-b).abs()/scale).nan_to_num(math.inf, math.inf).max())
+    return float((apart/scale).max())
+
+def _in_pieces(grad):
+    "Views `[m, columns, k]` of `grad`, of some 2**14 numbers"
+    o = grad.reshape(1, 1, -1) if grad.ndim < 2 else grad.t()[None] if grad.ndim == 2 else grad.flatten(2)
+    return o.split(max(1, 2**14//(o.shape[0]*o.shape[1])), dim=2)
+
+def _by_column(a, b):
+    "The largest difference and the largest number of each column"
+    a,b = a.double(),b.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    apart = torch.where(same, 0., (a-b).abs()).nan_to_num(math.inf, math.inf)
+    return apart.amax((0, 2)), torch.maximum(a.abs(), b.abs()).nan_to_num(0, 0).amax((0, 2))
 
 # %% ../../nbs/paddy_multi/accumulate/02_loss_check.ipynb #p004
 def _name(loss):

@@ -118,7 +118,8 @@ def _run_chunks(self:MicroBatch):
     part,known = learner_chunk_loss(learn, count=lambda *targs: self._shown)
     looks = self._n > self.bs and self._looks_at_loss(known)
     keep = keeps_outputs(learn) if self.keep is None else self.keep
-    few,(chunks,sizes) = FewItems(learn.yb, self._n),self._chunks()
+    chunks,sizes = self._chunks()
+    few = FewItems(learn.yb, self._n, chunks)
     with whole_again(learn) as whole, self._rows() as rows:
         for items in chunks:
             show_items(learn, whole, items, self.split)
@@ -126,7 +127,9 @@ def _run_chunks(self:MicroBatch):
             if looks: few.add(learn.pred, learn.yb, items)
             if keep: outs.append(detached(learn.pred, copied=self._reused))
             learn.pred = None
-        if looks: self.check_loss(*few.all(), self.bs)
+            if looks and few.are_all_here():
+                self.check_loss(*few.all(), self.bs)
+                looks = False
     learn.pred,learn.loss,learn.loss_grad = joined(outs, sizes) if keep else NotKept(),total,total
 
 # %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #n026
@@ -137,7 +140,8 @@ def _warning(self:MicroBatch):
     watched = nullcontext()
     if self._n > self.bs and not self._warned:
         model = body_and_head(self.model)[0] if self.whole_head else self.model
-        self._warned,watched = True,warns_of_mixing(model, self.learn.xb, self._n, self.bs, self.whole_head)
+        xb,self._warned = () if self.split else self.learn.xb,True
+        watched = warns_of_mixing(model, xb, self._n, self.bs, self.whole_head)
     with watched: yield
 
 # %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #n029
@@ -233,7 +237,8 @@ def before_batch(self:MicroBatch):
 def _mixes_in_valid(self:MicroBatch):
     "Do layers mix the items of a batch in validation too? Asked at the first batch that is larger than a chunk"
     if self._n <= self.bs or self.whole_head: return False
-    if self._mixes is None: self._mixes = bool(mixing_layers(self.model, self.learn.xb, self._n))
+    xb = () if self.split else self.learn.xb
+    if self._mixes is None: self._mixes = bool(mixing_layers(self.model, xb, self._n, self.bs))
     return self._mixes
 
 @patch

@@ -103,19 +103,26 @@ class FewItems:
     def __init__(self,
         targs:tuple, # Targets of the whole batch
         n:int, # Its items
-    ): self.targs,self.n,self.places,self.preds,self.yb,self.found = targs,n,None,[],[],[]
+        chunks:list=(), # The slices in which `add` will come
+    ):
+        self.targs,self.n,self.chunks = targs,n,chunks
+        self.places,self.preds,self.yb,self.found = None,[],[],[]
 
     def add(self, pred, yb, items):
         "Take what is wanted of the output and the targets of a chunk, `items` of the batch"
         size = items.stop-items.start
         if self.places is None:
             width = sum(t.numel() for t in tensors_in(pred))//size
-            self.places,self.split = items_to_check(self.targs, self.n, width)
+            self.places,self.split = items_to_check(self.targs, self.n, width, self.chunks)
         here = self.places[(self.places >= items.start) & (self.places < items.stop)]
         if not len(here): return
         self.preds.append(cut(detached(pred), here-items.start, size))
         self.yb.append(cut(yb, here-items.start, size))
         self.found.append(here)
+
+    def are_all_here(self):
+        "Was the last of the items added just now?"
+        return sum(map(len, self.found)) == len(self.places)
 
     def all(self):
         "Outputs and targets of the items, and how many of them make the first of two chunks"

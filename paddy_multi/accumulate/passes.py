@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .batches import cut, even_chunks
 from .chunks import chunk_loss, item_counter, learner_chunk_loss
 from .coupling import coupling_text, mixing_layers, scalar_adds_up, watch_state
 from .loss_check import check_adds_up
@@ -124,7 +125,7 @@ def check_loss(self:Passes,
 @contextmanager
 def warns_of_mixing(
     model:nn.Module, # What runs in chunks inside the block
-    xb:tuple, # Inputs of the whole batch
+    xb:tuple, # Inputs of the whole batch; empty where it is not known how to cut them
     n:int, # Items in it
     bs:int, # Items at a time
     whole_head:bool, # Is the head run on the whole batch already?
@@ -132,8 +133,8 @@ def warns_of_mixing(
     "Warn of layers in `model` whose chunks are not parts of a batch"
     layers = [name for name,m in model.named_modules() if isinstance(m, _BatchNorm) and m.training]
     if layers: warn(_batchnorm_text(layers, bs, n, whole_head), stacklevel=3)
-    mixing,adds_up = mixing_layers(model, xb, n),scalar_adds_up(model, xb, n)
-    with watch_state(model, xb) as state: yield
+    mixing,adds_up = mixing_layers(model, xb, n, bs),scalar_adds_up(model, xb, n, bs)
+    with watch_state(model, cut(xb, even_chunks(n, bs)[-1], n)) as state: yield
     if text := coupling_text(mixing, state.changed, adds_up): warn(text, stacklevel=3)
 
 def _batchnorm_text(layers, bs, n, whole_head):

@@ -1,0 +1,32 @@
+"Bytes of tensors that are alive, counted by themselves, without the package"
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Alive(TorchDispatchMode):
+    "Storages that were made inside the block and are alive: `now`, and the `most` since that was last set; in bytes"
+    def __init__(self, *tensors):
+        super().__init__()
+        self.now, self.seen = 0, {}
+        self.most = 0
+        self.add(tensors)
+
+    def add(self, o):
+        for t in tree_leaves(o):
+            if not isinstance(t, torch.Tensor): continue
+            storage = t.untyped_storage()
+            if storage._cdata in self.seen: continue
+            self.seen[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self.gone, storage._cdata)
+
+    def gone(self, key): self.now -= self.seen.pop(key, 0)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.add(out)
+        return out
