@@ -1,5 +1,6 @@
 "A loss or weight that is NaN or infinite ends training: in both learners, in chunks, half precision, before saving"
 import math
+import re
 import warnings
 
 import numpy as np
@@ -70,6 +71,21 @@ def test_chunks_are_looked_at_before_the_step():
     with pytest.raises(FloatingPointError, match='batch 2 of 5'): quiet_fit(learn, 1)
     assert broken_weights(learn.model) == []
     assert all(p.grad is None or not p.grad.any() for p in learn.model.parameters())
+
+
+def heights(pred, y): return dict(height=(pred-y)[:, 0]**2, sign=(pred.sign()-1)[:, 0])
+
+
+@pytest.mark.parametrize('waits, keep, of', [
+    (False, None, 'height (1 of 4 items)'), (True, True, 'height (1 of 8 items)'),
+    (True, None, 'a target that MicroBatch(bs, keep=True) would name')], ids=['CPU', 'GPU, kept', 'GPU'])
+def test_chunks_name_the_target(waits, keep, of, monkeypatch):
+    "Of the chunk on a CPU; on a GPU of the batch, where its output is kept"
+    if waits: monkeypatch.setattr(finite, 'is_at_hand', lambda loss: False)
+    learn = line(math.nan, at=22, cbs=[MicroBatch(4, keep=keep)])
+    learn.check_finite.item_losses = heights
+    with pytest.raises(FloatingPointError, match=re.escape(f'the loss of {of} is nan in epoch 0, batch 2 of 5; ')):
+        quiet_fit(learn, 1)
 
 
 def test_where_asking_waits_the_recorders_copy_is_read(monkeypatch):

@@ -111,10 +111,15 @@ def _refuse_loss(self:CheckFinite):
     learn = self.learn
     if _looks_for_a_rate(learn): return
     learn.opt.zero_grad()  # of chunks before; the next fit shall not begin with them
-    with torch.no_grad(): losses = self.item_losses(learn.pred, *learn.yb) if self.item_losses else {}
-    of = broken_losses(losses)
-    raise FloatingPointError(f'the loss{f" of {of}" if of else ""} is {value_of(learn.loss)} in {place_of(learn)}; '
-                             f'{_cause(learn)}')
+    of = f' of {broken}' if (broken := self._broken_losses()) else ''
+    raise FloatingPointError(f'the loss{of} is {value_of(learn.loss)} in {place_of(learn)}; {_cause(learn)}')
+
+@patch
+def _broken_losses(self:CheckFinite):
+    "The targets whose losses are not finite; in chunks on a GPU the output to tell it from has not been kept"
+    if self.item_losses is None: return ''
+    if not torch.is_tensor(self.learn.pred): return 'a target that MicroBatch(bs, keep=True) would name'
+    with torch.no_grad(): return broken_losses(self.item_losses(self.learn.pred, *self.learn.yb))
 
 @patch
 def _refuse_weights(self:CheckFinite):
