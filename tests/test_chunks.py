@@ -12,12 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastai.callback.mixup import CutMix, MixUp
-from fastai.losses import (BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLoss, L1LossFlat,
+from fastai.losses import (BaseLoss, BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLoss, L1LossFlat,
                            LabelSmoothingCrossEntropyFlat, MSELossFlat)
 from torch import nn
 
 from paddy_multi.accumulate.chunks import chunk_loss, item_counter, label_count, learner_chunk_loss
 from paddy_multi.core.checks import test_close
+from paddy_multi.kinds.losses import NamedLoss
 from paddy_multi.targets.slices import CombinedLoss, combined_loss
 
 N, C = 11, 4
@@ -407,6 +408,43 @@ def test_two_threads_share_a_loss(name, mixed):
             except Exception as e: wrong.append(e)
     threads = [threading.Thread(target=run, args=(lambda: loss(PREDS, Y), EXPECTED[''])),
                threading.Thread(target=run, args=(lambda: total_of(mixed, loss), EXPECTED[mixed]))]
+    sys.setswitchinterval(1e-6)
+    try:
+        for o in threads: o.start()
+        for o in threads: o.join()
+    finally: sys.setswitchinterval(interval)
+    assert not wrong, wrong[0]
+
+
+class Watched(nn.CrossEntropyLoss):
+    "Notes, whenever any copy of it runs, how `original` reduces"
+    original, seen = None, []
+    def forward(self, preds, targ):
+        self.seen.append((self.reduction, self.original.reduction))
+        return super().forward(preds, targ)
+
+
+@pytest.mark.parametrize('reduction', ['sum', 'none'])
+@pytest.mark.parametrize('wrap', [lambda o: o, partial, lambda o: BaseLoss(lambda: o)],
+                         ids=['module', 'partial', 'fastai'])
+def test_a_target_never_switches_the_reduction_of_its_loss(wrap, reduction):
+    "Nor of what fastai wraps, which other learners and threads may be calling"
+    loss = Watched()
+    Watched.original, Watched.seen = loss, []
+    NamedLoss('disease', wrap(loss), C)(PREDS, Y, reduction)
+    assert Watched.seen == [(reduction, 'mean')]
+
+
+def test_two_threads_share_a_loss_by_target():
+    "One asks for sums, the other for means, a thousand times each"
+    loss, wrong, interval = nn.CrossEntropyLoss(HALF), [], sys.getswitchinterval()
+    named = NamedLoss('disease', loss, C)
+    expected = {o: F.cross_entropy(PREDS, Y, HALF, reduction=o) for o in ('sum', 'mean')}
+    def run(reduction):
+        for _ in range(1000):
+            found = named(PREDS, Y, reduction)
+            if abs(found-expected[reduction]) > 1e-5: wrong.append((reduction, found))
+    threads = [threading.Thread(target=run, args=(o,)) for o in expected]
     sys.setswitchinterval(1e-6)
     try:
         for o in threads: o.start()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..core.nested import made_of
 from ..core.tensors import plain
+from ..kinds.losses import with_reduction
 from ..targets.slices import CombinedLoss
 
 # %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #c007
@@ -57,20 +58,9 @@ def _is_cross_entropy(loss):
     if not bound.keys() <= {'weight', 'ignore_index', 'reduction', 'label_smoothing'}: return False
     return inner in (F.cross_entropy, F.nll_loss) or type(inner) in (nn.CrossEntropyLoss, nn.NLLLoss)
 
-def _with_reduction(loss, reduction):
-    "A copy of `loss` that reduces as `reduction` says; tensors are shared, `loss` stays as it is"
-    if isinstance(loss, partial):
-        bound = {k: v for k,v in loss.keywords.items() if k != 'reduction'}
-        return partial(_with_reduction(loss.func, reduction), *loss.args, **bound)
-    if not hasattr(loss, 'reduction'): return partial(loss, reduction=reduction)
-    mine = copy(loss)
-    if isinstance(loss, BaseLoss): mine.func = _with_reduction(loss.func, reduction)
-    else: mine.reduction = reduction
-    return mine
-
 def _by_label(loss, targ):
     "Parts of a cross-entropy: sums over a chunk, divided by what the labels of the whole batch count"
-    count,summed = label_count(loss, targ),_with_reduction(loss, 'sum')
+    count,summed = label_count(loss, targ),with_reduction(loss, 'sum')
     return lambda preds, targ: summed(preds, targ)/count
 
 # %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #k103
@@ -181,7 +171,7 @@ def _mixed(mix, targs, count):
     "Parts of a loss that `mix`, a fastai `MixUp` or `CutMix`, computes from its own labels and proportions"
     n,loss,reduction = count(*targs),mix.old_lf,_reduction(mix.old_lf)
     if hasattr(loss, 'counts'): return _mixed_parts(mix, targs, count)
-    by_item = _with_reduction(loss, 'none') if hasattr(loss, 'reduction') else loss
+    by_item = with_reduction(loss, 'none') if hasattr(loss, 'reduction') else loss
     def part(preds, *targs):
         total = reduce_loss(_mixing(mix, by_item)(preds, *targs), reduction)
         return total if reduction == 'sum' else total*(count(*targs)/n)

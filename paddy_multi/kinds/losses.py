@@ -9,6 +9,7 @@ __all__ = []
 import inspect
 from collections.abc import Callable, Hashable
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from numbers import Integral
 from typing import NamedTuple
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.tensors import like_labels, replaced
+from ..core.tensors import like_labels
 from ..core.values import check_weight
 
 # %% ../../nbs/paddy_multi/kinds/00_losses.ipynb #c006
@@ -148,12 +149,25 @@ def _check_loss(loss, width, name):
                          'give it 2 columns or more, or another loss')
 
 # %% ../../nbs/paddy_multi/kinds/00_losses.ipynb #c023
-def _with_reduction(loss, reduction, name):
-    "`loss` as a function `(pred, targ)` that reduces as `reduction` says; `TypeError` for a loss that cannot"
-    def _inner(pred, targ):
-        with replaced(loss, 'reduction', reduction): return loss(pred, targ)
-    if hasattr(loss, 'reduction'): return _inner
-    if 'reduction' in inspect.signature(loss).parameters: return partial(loss, reduction=reduction)
+def with_reduction(
+    loss, # A loss function or object, perhaps wrapped or bound
+    reduction:str, # 'mean', 'sum' or 'none'
+): # A copy that reduces so; tensors are shared
+    "`loss` with another reduction"
+    if isinstance(loss, partial):
+        bound = {k: v for k,v in loss.keywords.items() if k != 'reduction'}
+        return partial(with_reduction(loss.func, reduction), *loss.args, **bound)
+    if not hasattr(loss, 'reduction'): return partial(loss, reduction=reduction)
+    mine = copy(loss)
+    if hasattr(loss, 'func') and not isinstance(loss, nn.Module): mine.func = with_reduction(loss.func, reduction)
+    else: mine.reduction = reduction
+    return mine
+
+# %% ../../nbs/paddy_multi/kinds/00_losses.ipynb #k002
+def _reducing(loss, reduction, name):
+    "`with_reduction`, or `TypeError` for a loss that has none"
+    if hasattr(unbound(loss), 'reduction') or 'reduction' in inspect.signature(loss).parameters:
+        return with_reduction(loss, reduction)
     fn = getattr(loss, '__name__', loss)
     raise TypeError(f'{name}: a loss by item was asked for, and {fn} takes no `reduction`: add it as a parameter')
 
@@ -192,7 +206,7 @@ class NamedLoss:
         if self.elementwise and pred.shape != targ.shape:
             raise ValueError(f'{self.name}: expected targets of the shape of their output {tuple(pred.shape)}, '
                              f'found {tuple(targ.shape)}')
-        loss = self.loss if reduction == 'mean' else _with_reduction(self.loss, reduction, self.name)
+        loss = self.loss if reduction == 'mean' else _reducing(self.loss, reduction, self.name)
         with _noting(self.name, pred, targ): loss = loss(pred, targ)
         if reduction == 'mean' and loss.numel() != 1:
             raise ValueError(f'{self.name}: expected a loss of one number a batch, found shape {tuple(loss.shape)}: '
