@@ -6,16 +6,23 @@
 __all__ = []
 
 # %% ../../nbs/paddy_multi/core/13_nested.ipynb #n003
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import fields, is_dataclass
 from functools import partial
 
 import numpy as np
 import torch
-from fastcore.foundation import L
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+
+# %% ../../nbs/paddy_multi/core/13_nested.ipynb #k001
+def is_list(
+    o, # Anything
+)->bool:
+    "Whether `o` is a list or tuple without names, or fastai's `L`, which may hold any number of things"
+    if isinstance(o, (Tensor, PackedSequence, torch.Size, str, bytes, bytearray, memoryview, range)): return False
+    return isinstance(o, Sequence) and not hasattr(o, '_make')
 
 # %% ../../nbs/paddy_multi/core/13_nested.ipynb #n006
 def made_of(
@@ -27,7 +34,7 @@ def made_of(
     if is_dataclass(o) and not isinstance(o, type):
         return [getattr(o, f.name) for f in fields(o)], partial(_like_dataclass, o)
     if isinstance(o, tuple) and hasattr(o, '_make'): return [*o], o._make
-    return ([*o], type(o)) if isinstance(o, (list, tuple, L)) else (None, None)
+    return ([*o], type(o)) if is_list(o) else (None, None)
 
 def _like_mapping(o, values):
     values = dict(zip(o, values))
@@ -62,12 +69,6 @@ def is_sparse(
 )->bool:
     "Whether `o` is a tensor that does not store all of its numbers in rows"
     return isinstance(o, Tensor) and o.layout != torch.strided
-
-def is_list(
-    o, # Anything
-)->bool:
-    "Whether `o` is a list or tuple without names, which may hold any number of things"
-    return isinstance(o, (list, tuple, L)) and not hasattr(o, '_make')
 
 # %% ../../nbs/paddy_multi/core/13_nested.ipynb #n011
 def tensors_in(
