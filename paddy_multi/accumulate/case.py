@@ -24,7 +24,7 @@ from .steps import step_memory
 # %% ../../nbs/paddy_multi/accumulate/13_case.ipynb #c007
 class _Clock(Callback):
     "Seconds of every update; peak memory since the `warmup` is over"
-    order = -math.inf
+    order,reads_outputs = -math.inf,False
     def __init__(self, warmup): self.warmup,self.seconds = warmup,[]
 
     def before_batch(self):
@@ -59,7 +59,7 @@ def _memory(before):
 # %% ../../nbs/paddy_multi/accumulate/13_case.ipynb #c012
 class _KeepGradients(Callback):
     "Keep the gradients of a batch instead of stepping; dropout is off"
-    order = 100  # after they are unscaled and clipped
+    order,reads_outputs = 100,False  # after they are unscaled and clipped
     def before_batch(self):
         for m in self.model.modules():
             if 'drop' in type(m).__name__.lower(): m.eval()
