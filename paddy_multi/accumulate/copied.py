@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/paddy_multi/accumulate/07_copied.ipynb #n003
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from typing import NamedTuple
 
@@ -15,12 +15,16 @@ import torch
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.rnn import ModelResetter
 from fastai.torch_core import no_random
+from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .cuda_kernels import CudaKernels
 from .microbatch import MicroBatch
-from ..core.fake_tensors import CopyToFake
+from ..core.cuda_autocast import CudaAutocast, autocast_anywhere
+from ..core.fake_tensors import Answers, CopyToFake, fake_like, kept_plain
 
 # %% ../../nbs/paddy_multi/accumulate/07_copied.ipynb #n008
 class ItemSpec(NamedTuple):
@@ -28,6 +32,14 @@ class ItemSpec(NamedTuple):
     shape:tuple # Without the dimension of the items
     dtype:torch.dtype # Its type
 
+def _specs(batch, n):
+    "`batch` with an `ItemSpec` for each tensor of `n` rows"
+    def spec(o):
+        is_items = isinstance(o, Tensor) and o.ndim and len(o) == n
+        return ItemSpec(tuple(o.shape[1:]), o.dtype) if is_items else o
+    return tree_map(spec, batch)
+
+# %% ../../nbs/paddy_multi/accumulate/07_copied.ipynb #n010
 def one_item(
     learn, # `Learner` with a training loader
 )->tuple: # Inputs and targets with an `ItemSpec` for every tensor, in tuples and dicts as they are; items in a batch
@@ -39,19 +51,30 @@ def one_item(
     first = next((o for o in tree_leaves(batch) if isinstance(o, Tensor) and o.ndim), None)
     if first is None: raise ValueError(f'expected a tensor in a batch, found {batch!r}')
     bs = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or len(first)
-    def spec(o):
-        is_items = isinstance(o, Tensor) and o.ndim and len(o) == len(first)
-        return ItemSpec(tuple(o.shape[1:]), o.dtype) if is_items else o
-    return (tree_map(spec, batch[:i]), tree_map(spec, batch[i:])), bs
+    specs = _specs(batch, len(first))
+    return (specs[:i], specs[i:]), bs
 
-# %% ../../nbs/paddy_multi/accumulate/07_copied.ipynb #n011
+# %% ../../nbs/paddy_multi/accumulate/07_copied.ipynb #n013
+def fake_batch(
+    fake, # `FakeTensorMode`
+    item, # What an item is like, from `one_item`
+    m:int, # Items
+    device:str, # Kind of device that it shall be on
+): # Inputs and targets
+    "`m` items on fake tensors"
+    def made(o):
+        if isinstance(o, ItemSpec): o = torch.empty(m, *o.shape, dtype=o.dtype, device='meta')
+        return fake_like(fake, o, device) if isinstance(o, Tensor) else o
+    return tree_map(made, item, is_leaf=lambda o: isinstance(o, ItemSpec))
+
+# %% ../../nbs/paddy_multi/accumulate/07_copied.ipynb #n016
 def precision_of(learn, device):
     "The type that autocast computes in, None without; fastai's mixed precision does nothing on a CPU"
     cb = next(iter(learn._grab_cbs(MixedPrecision)), None)
     if cb is None or device == 'cpu': return None
     return dict(fp16=torch.float16, bf16=torch.bfloat16)[cb.amp_mode.value]
 
-# %% ../../nbs/paddy_multi/accumulate/07_copied.ipynb #n013
+# %% ../../nbs/paddy_multi/accumulate/07_copied.ipynb #n018
 def set_trainable(learn, model, trainable):
     "Parameter groups of the copy `model`: 'all' trains, 'as is', or the 'head' alone"
     if trainable != 'as is': model.requires_grad_(True)
@@ -62,7 +85,7 @@ def set_trainable(learn, model, trainable):
             for p in g: p.requires_grad_(False)
     return [[p for p in g if p.requires_grad] for g in groups]
 
-# %% ../../nbs/paddy_multi/accumulate/07_copied.ipynb #n015
+# %% ../../nbs/paddy_multi/accumulate/07_copied.ipynb #n020
 def optimizer_for(learn, groups, device):
     "The learner's optimizer; on CUDA, PyTorch's own go through all parameters at once, with temporaries"
     opt = learn.opt_func(groups, lr=learn.lr)
@@ -71,10 +94,11 @@ def optimizer_for(learn, groups, device):
         if undecided: g['foreach'] = device == 'cuda'
     return opt
 
-# %% ../../nbs/paddy_multi/accumulate/07_copied.ipynb #n018
+# %% ../../nbs/paddy_multi/accumulate/07_copied.ipynb #n023
 _of_a_batch = 'before_batch', 'after_pred', 'after_loss'
 
 def _has_part(cb):
+    "Does a callback have a part in a batch of the copy?"
     if isinstance(cb, (MixedPrecision, MicroBatch)): return False
     return isinstance(cb, ModelResetter) or any(hasattr(cb, o) for o in _of_a_batch)
 
@@ -90,7 +114,7 @@ def copied_learner(learn, fake, device):
     vars(new).update({cb.name: cb for cb in new.cbs})
     return new
 
-# %% ../../nbs/paddy_multi/accumulate/07_copied.ipynb #n021
+# %% ../../nbs/paddy_multi/accumulate/07_copied.ipynb #n026
 @contextmanager
 def kept_attributes(objects):
     "Attributes of `objects` are after the block what they were before"
@@ -100,3 +124,38 @@ def kept_attributes(objects):
         for o,attributes in before:
             vars(o).clear()
             vars(o).update(attributes)
+
+# %% ../../nbs/paddy_multi/accumulate/07_copied.ipynb #n029
+class FakeLearner:
+    "A learner's copy on fake tensors, and what it runs in"
+    def __init__(self,
+        learn, # `Learner` to copy; it stays as it is
+        device:str, # Kind of device to run for: 'cuda' or 'cpu'
+        count, # A mode that sees every operation
+        sm:int=90, # Compute capability of the card, 10 times
+    ):
+        without_cuda = device == 'cuda' and not torch.backends.cuda.is_built()
+        self.kernels = 'formula' if without_cuda else device
+        self.device = 'cuda' if self.kernels == 'cuda' else 'cpu'
+        self.fake,self.count,self.sm = FakeTensorMode(allow_non_fake_inputs=True),count,sm
+        self.answers = Answers(self.fake, self.device)
+        self.learn = copied_learner(learn, self.fake, self.device)
+        self.model = self.learn.model
+
+# %% ../../nbs/paddy_multi/accumulate/07_copied.ipynb #n032
+@patch
+@contextmanager
+def no_numbers(self:FakeLearner):
+    "Everything inside happens without numbers; nothing of it stays in PyTorch's state"
+    contexts = [no_random(), autocast_anywhere(), CudaAutocast(None, 'cpu'), CudaAutocast(None, 'cuda'),
+                kept_plain(), self.fake, self.count, self.answers]
+    if self.kernels == 'cuda': contexts.append(CudaKernels(self.sm))
+    with ExitStack() as stack:
+        for o in contexts: stack.enter_context(o)
+        yield
+
+@patch
+@contextmanager
+def running(self:FakeLearner):
+    "The same, and what is set in the copies goes at the end"
+    with self.no_numbers(), kept_attributes([self.learn, *self.learn.cbs, *self.model.modules()]): yield

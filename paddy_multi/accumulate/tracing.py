@@ -9,22 +9,20 @@ __all__ = ['CountTensors']
 import math
 import warnings
 import weakref
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
-from fastai.torch_core import no_random, to_float
+from fastai.torch_core import to_float
 from fastcore.basics import patch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from .copied import (
-    ItemSpec, copied_learner, kept_attributes, one_item, optimizer_for, precision_of, set_trainable)
-from .cuda_kernels import CastsOfCuda, CudaAutocast, CudaKernels, autocast_anywhere
+    FakeLearner, ItemSpec, fake_batch, one_item, optimizer_for, precision_of, set_trainable)
 from ..core.backward import Kept, backward
-from ..core.fake_tensors import Answers, fake_like, kept_plain
+from ..core.cuda_autocast import CastsOfCuda, CudaAutocast
 
 # %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n007
 class CountTensors(TorchDispatchMode):
@@ -34,19 +32,12 @@ class CountTensors(TorchDispatchMode):
         self.live,self.peak,self.line = 0,0,[]
         self.place,self._storages = '',{}
 
-    def add(self,
-        tensors, # Tensors that are there already: one, or any lists and dicts of them
-    ):
-        "Count `tensors`, those that share their memory once"
-        for t in tree_leaves(tensors):
-            if not isinstance(t, Tensor): continue
-            for part in (t._indices(), t._values()) if t.is_sparse else (t,): self._add_storage(part.untyped_storage())
-
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         self.add(out)
         return out
 
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n010
 _block = 512
 
 @patch
@@ -61,6 +52,18 @@ def _add_storage(self:CountTensors, storage):
     self.peak = max(self.peak, self.live)
     self.line.append(self.live)
 
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n012
+@patch
+def add(self:CountTensors,
+    tensors, # Tensors that are there already: one, or any lists and dicts of them
+):
+    "Count `tensors`, those that share their memory once"
+    for t in tree_leaves(tensors):
+        if not isinstance(t, Tensor): continue
+        parts = (t._indices(), t._values()) if t.is_sparse else (t,)
+        for part in parts: self._add_storage(part.untyped_storage())
+
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n014
 @patch
 def by_place(self:CountTensors)->dict: # Live bytes
     "What is alive, by the `place` that was set when it was made"
@@ -68,8 +71,36 @@ def by_place(self:CountTensors)->dict: # Live bytes
     for _,n,place in self._storages.values(): res[place] = res.get(place, 0)+n
     return res
 
-# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n011
-class TracedStep:
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n018
+@patch
+def _count_weights(self:FakeLearner):
+    self.params = [p for p in self.model.parameters() if p.requires_grad]
+    self.count.add([*self.model.parameters(), *self.model.buffers()])
+    self.parameters = self.count.live
+    self.gradients,self.state,self.update,self.keeps_gradients = 0,0,0,True
+
+@patch
+def _set_gradients(self:FakeLearner, there):
+    for p in self.params: p.grad = torch.zeros_like(p) if there else None
+
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n020
+@patch
+def _count_update(self:FakeLearner, make_opt):
+    "Leaves the bytes of `gradients`, of the optimizer's `state`, and of what it needs on top for an `update`"
+    count,self.answers.number = self.count,2  # an optimizer asks which step it is
+    opt = make_opt()
+    made = count.live  # with what the optimizer made at once
+    self._set_gradients(True)
+    self.gradients = count.live-made
+    opt.step()
+    self.state,count.peak = count.live-self.parameters-self.gradients,count.live
+    opt.step()
+    self.update = count.peak-count.live
+    opt.zero_grad()
+    self.learn.opt,self.keeps_gradients = opt,any(p.grad is not None for p in self.params)
+
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n023
+class TracedStep(FakeLearner):
     "A training step of `learn` on fake tensors: `run` it for any number of items"
     def __init__(self,
         learn, # `Learner` to copy; it stays as it is
@@ -82,69 +113,15 @@ class TracedStep:
         counter=CountTensors, # Class of the mode that counts
         sm:int=90, # Compute capability of the card, 10 times
     ):
-        self.item,self.sm,self.dtype = item,sm,precision_of(learn, device) if dtype == 'learner' else dtype
-        # 'cuda', 'cpu', or 'formula': a step for CUDA by a PyTorch that was built without it
-        self.kernels = 'formula' if device == 'cuda' and not torch.backends.cuda.is_built() else device
-        self.device = 'cuda' if self.kernels == 'cuda' else 'cpu'
-        self.fake,self.count = FakeTensorMode(allow_non_fake_inputs=True),counter()
-        self.answers,self.learn = Answers(self.fake, self.device),copied_learner(learn, self.fake, self.device)
-        self.model = self.learn.model
-        with self._tracing():
+        super().__init__(learn, device, counter(), sm)
+        self.item,self.dtype = item,precision_of(learn, device) if dtype == 'learner' else dtype
+        with self.no_numbers():
             if prepare: prepare(self.model)
             groups = set_trainable(learn, self.model, trainable)
-            self.params = [p for p in self.model.parameters() if p.requires_grad]
-            self.count.add([*self.model.parameters(), *self.model.buffers()])
-            self.parameters = self.count.live
-            self.gradients,self.state,self.update,self.keeps_gradients = 0,0,0,True
-            if optimizer: self._count_update(optimizer_for(learn, groups, device))
+            self._count_weights()
+            if optimizer: self._count_update(lambda: optimizer_for(learn, groups, device))
 
-    @contextmanager
-    def _tracing(self):
-        "Everything inside happens without numbers; nothing of it stays in PyTorch's state or in the copies"
-        objects = [self.learn, *self.learn.cbs, *self.model.modules()]
-        with ExitStack() as stack:
-            for o in (no_random(), autocast_anywhere(), CudaAutocast(None, 'cpu'), CudaAutocast(None, 'cuda'),
-                      kept_plain(), self.fake, self.count, self.answers): stack.enter_context(o)
-            if self.kernels == 'cuda': stack.enter_context(CudaKernels(self.sm))
-            yield
-
-    def _set_gradients(self, there):
-        for p in self.params: p.grad = torch.zeros_like(p) if there else None
-
-    def _count_update(self, opt):
-        count,self.answers.number = self.count,2  # an optimizer asks which step it is
-        made = count.live  # with what the optimizer made at once
-        self._set_gradients(True)
-        self.gradients = count.live-made
-        opt.step()
-        self.state,count.peak = count.live-self.parameters-self.gradients,count.live
-        opt.step()
-        self.update = count.peak-count.live
-        opt.zero_grad()
-        self.learn.opt,self.keeps_gradients = opt,any(p.grad is not None for p in self.params)
-
-# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n015
-@patch
-def _batch(self:TracedStep, m):
-    "Inputs and targets of `m` items"
-    def made(o):
-        if not isinstance(o, ItemSpec): return fake_like(self.fake, o, self.device) if isinstance(o, Tensor) else o
-        return fake_like(self.fake, torch.empty(m, *o.shape, dtype=o.dtype, device='meta'), self.device)
-    return tree_map(made, self.item, is_leaf=lambda o: isinstance(o, ItemSpec))
-
-@patch
-def _start(self:TracedStep, m, gradients):
-    "Make a batch; what is counted from now on comes on top of `base`"
-    learn,count = self.learn,self.count
-    self._set_gradients(self.keeps_gradients if gradients is None else gradients)
-    self.answers.number,self.answers.asked,self.inputs = m,0,-count.live
-    learn.xb,learn.yb = learn.batch = self._batch(m)  # the loader holds it, whatever callbacks make of it
-    count.add(learn.batch)
-    self.inputs += count.live
-    self.base,count.line,count.peak = count.live,[],count.live
-    self._event('before_train')
-    self._event('before_batch')
-
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n027
 @patch
 def _event(self:TracedStep, event):
     "Run the copied callbacks; one that needs numbers is left out, and a warning says so"
@@ -154,7 +131,21 @@ def _event(self:TracedStep, event):
             warnings.warn(f'{type(cb).__name__}.{event} cannot be run without real tensors ({type(e).__name__}): '
                           'what it takes is not counted')
 
-# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n018
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n029
+@patch
+def _start(self:TracedStep, m, gradients):
+    "Make a batch; what is counted from now on comes on top of `base`"
+    learn,count = self.learn,self.count
+    self._set_gradients(self.keeps_gradients if gradients is None else gradients)
+    self.answers.number,self.answers.asked,self.inputs = m,0,-count.live
+    learn.xb,learn.yb = learn.batch = fake_batch(self.fake, self.item, m, self.device)  # the loader holds it
+    count.add(learn.batch)
+    self.inputs += count.live
+    self.base,count.line,count.peak = count.live,[],count.live
+    self._event('before_train')
+    self._event('before_batch')
+
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n032
 def _loss_or_stand_in(learn):
     "The loss of the learner's output; one that cannot be run has a log-softmax in its place"
     try: return learn.loss_func(learn.pred, *learn.yb)
@@ -162,89 +153,97 @@ def _loss_or_stand_in(learn):
         name = getattr(learn.loss_func, '__name__', type(learn.loss_func).__name__)
         warnings.warn(f'{name} cannot be run without real tensors ({type(e).__name__}): '
                       'a log-softmax of the output is counted in its place')
-        return sum(o.log_softmax(-1).sum() for o in tree_leaves(learn.pred) if isinstance(o, Tensor) and o.ndim)
+        outputs = [o for o in tree_leaves(learn.pred) if isinstance(o, Tensor) and o.ndim]
+        return sum(o.log_softmax(-1).sum() for o in outputs)
+
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n035
+def _tensor_bytes(tensors):
+    return sum(o.numel()*o.element_size() for o in tree_leaves(tensors) if isinstance(o, Tensor))
 
 @patch
-def _forward(self:TracedStep):
-    "Prediction and loss of the batch, as the learner makes them; leaves the bytes of `outputs`"
+def _forward(self:TracedStep, previous=False):
+    "Loss of the batch, as the learner makes it; leaves the bytes of `outputs`"
     learn = self.learn
-    with ExitStack() as stack:
-        stack.enter_context(CudaAutocast(self.dtype, self.device))
-        if self.kernels == 'formula' and self.dtype: stack.enter_context(CastsOfCuda())
+    casts = CastsOfCuda() if self.kernels == 'formula' and self.dtype else nullcontext()
+    with CudaAutocast(self.dtype, self.device), casts:
         learn.pred = learn.model(*learn.xb)
+        through = self.count.peak
         self._event('after_pred')
         if self.dtype: learn.pred = to_float(learn.pred)
         if len(learn.yb): learn.loss_grad = _loss_or_stand_in(learn)
         learn.loss = learn.loss_grad.clone()
         self._event('after_loss')
-    self.outputs = sum(o.numel()*o.element_size() for o in tree_leaves(learn.pred) if isinstance(o, Tensor))
+    self.outputs = _tensor_bytes(learn.pred)
+    if previous: self.count.peak = max(self.count.peak, through+self.outputs)
     return learn.loss_grad
 
-# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n020
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n038
+@patch
+def _backward(self:TracedStep, previous, walk, *args):
+    loss = self._forward(previous)
+    self.forward = self.count.live-self.base  # bytes that are there after forward
+    walk(loss, *args)
+    self.after = self.count.live-self.base    # and after backward: gradients that were made, outputs
+
 @patch
 def run(self:TracedStep,
     m:int, # Items
     gradients:bool=None, # Are gradients there at the start? As the optimizer leaves them, if not given
+    previous:bool=False, # Is the output of the batch before there? fastai holds it, `MicroBatch` does not
 )->np.ndarray: # Live bytes after each operation, over `base`: parameters, gradients, state and inputs
     """Forward and backward of exactly `m` items
 
     Leaves bytes: `peak`, the most, with everything; `base`, what is there first (weights, gradients, state, `inputs`);
     `forward` and `after`, what is over `base` after forward and after backward; `outputs`; and `line`"""
-    with self._running():
+    with self.running():
         self._start(m, gradients)
         if self.device == 'cuda':
-            with Kept() as kept: self._backward(backward, kept)
-        else: self._backward(torch.Tensor.backward)
+            with Kept() as kept: self._backward(previous, backward, kept)
+        else: self._backward(previous, torch.Tensor.backward)
     self.peak,self.line = self.count.peak,np.array(self.count.line)-self.base
     return self.line
 
-@patch
-@contextmanager
-def _running(self:TracedStep):
-    objects = [self.learn, *self.learn.cbs, *self.model.modules()]
-    with self._tracing(), kept_attributes(objects): yield
-
-@patch
-def _backward(self:TracedStep, walk, *args):
-    loss = self._forward()
-    self.forward = self.activations = self.count.live-self.base  # bytes that are there after forward
-    walk(loss, *args)
-    self.after = self.count.live-self.base                       # and after backward: gradients that were made, outputs
-
-# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n025
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n046
 @patch
 def validate(self:TracedStep,
     m:int, # Items
 )->int: # Most live bytes, with parameters, gradients, the optimizer's state and inputs
     "A batch of validation: forward and loss of `m` items without a graph"
-    with self._running(), torch.no_grad():
+    with self.running(), torch.no_grad():
         self.model.eval()
         self.learn.training = False
         self._start(m, None)
         self._forward()
     return self.count.peak
 
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n049
+@contextmanager
+def _places(count, model):
+    "What `model` makes inside is counted in `count` by the innermost module that made it, all else as 'loss'"
+    names,hooks = ['loss'],[]
+    def enter(name):
+        names.append(name)
+        count.place = name
+    def leave(*_):
+        names.pop()
+        count.place = names[-1]
+    for name,module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: enter(name or 'model')))
+        hooks.append(module.register_forward_hook(leave))
+    count.place = 'loss'
+    try: yield
+    finally:
+        count.place = ''
+        for hook in hooks: hook.remove()
+
+# %% ../../nbs/paddy_multi/accumulate/08_tracing.ipynb #n051
 @patch
 def by_module(self:TracedStep,
     m:int, # Items
 )->dict: # Bytes by the name of the module, and 'loss' for what no module made
     "What is alive after the forward pass of `m` items over `base`, by the innermost module that made it"
-    count,names,hooks = self.count,['loss'],[]
-    def enter(name):
-        names.append(name)
-        count.place = name
-    def leave():
-        names.pop()
-        count.place = names[-1]
-    with self._running():
+    with self.running():
         self._start(m, None)
-        count.place = 'loss'
-        for name,module in self.model.named_modules():
-            hooks.append(module.register_forward_pre_hook(lambda *_, name=name: enter(name or 'model')))
-            hooks.append(module.register_forward_hook(lambda *_: leave()))
-        try:
+        with _places(self.count, self.model):
             self._forward()
-            return {k: n for k,n in count.by_place().items() if k}
-        finally:
-            count.place = ''
-            for hook in hooks: hook.remove()
+            return {k: n for k,n in self.count.by_place().items() if k}

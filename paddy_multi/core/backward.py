@@ -11,6 +11,7 @@ import math
 import sys
 
 import torch
+from fastcore.basics import patch
 from torch.autograd.function import BackwardCFunction
 from torch.utils.checkpoint import GraphExecGroup
 
@@ -58,13 +59,7 @@ def _held_once(grads, i):
 def _count_references(grads, i): return sys.getrefcount(grads[i])
 _references = _count_references([torch.zeros(1)], 0)
 
-def _alone(grads, i):
-    "Does nobody else hold its memory either?"
-    t = grads[i]
-    if t.layout != torch.strided or not _fills_its_memory(t): return False
-    del t
-    return _held_once(grads, i) and torch._C._storage_Use_Count(grads[i].untyped_storage()._cdata) == 2
-
+# %% ../../nbs/paddy_multi/core/17_backward.ipynb #n017
 def _fills_its_memory(t):
     "Does each number of `t` have a place of its own, without gaps?"
     size = 1
@@ -73,6 +68,12 @@ def _fills_its_memory(t):
         size *= n
     return True
 
+def _alone(grads, i):
+    "Is tensor `i` of `grads` held by the list alone, and its memory by nobody else either?"
+    if grads[i].layout != torch.strided or not _fills_its_memory(grads[i]): return False
+    return _held_once(grads, i) and torch._C._storage_Use_Count(grads[i].untyped_storage()._cdata) == 2
+
+# %% ../../nbs/paddy_multi/core/17_backward.ipynb #n019
 def _meet(grads, i, new, j):
     "Add the gradient in place `j` of the list `new` to that in place `i` of `grads`, and take it out of `new`"
     if grads[i] is None: grads[i] = new[j]
@@ -81,36 +82,45 @@ def _meet(grads, i, new, j):
     else: grads[i] = grads[i] + new[j]
     new[j] = None
 
-# %% ../../nbs/paddy_multi/core/17_backward.ipynb #n018
-def _accumulate(weight, grads):
-    "Give `weight` the gradient that is alone in the list `grads`"
-    if weight.grad is not None: weight.grad += grads[0]
-    elif _held_once(grads, 0) and (grads[0].is_sparse or _lies_like(grads[0], weight)): weight.grad = grads[0].detach()
-    elif grads[0].is_sparse: weight.grad = grads[0].clone()
-    else: weight.grad = torch.empty_like(weight).copy_(grads[0])
-
+# %% ../../nbs/paddy_multi/core/17_backward.ipynb #n022
 def _lies_like(grad, weight):
     return all(a == b for a, b, n in zip(grad.stride(), weight.stride(), weight.shape) if n > 1)
 
-# %% ../../nbs/paddy_multi/core/17_backward.ipynb #n021
+def _accumulate(weight, grads):
+    "Give `weight` the gradient that is alone in the list `grads`"
+    sparse = grads[0].is_sparse
+    if weight.grad is not None: weight.grad += grads[0]
+    elif _held_once(grads, 0) and (sparse or _lies_like(grads[0], weight)): weight.grad = grads[0].detach()
+    elif sparse: weight.grad = grads[0].clone()
+    else: weight.grad = torch.empty_like(weight).copy_(grads[0])
+
+# %% ../../nbs/paddy_multi/core/17_backward.ipynb #n025
+def _run_python(node, grads):
+    "Gradients for the edges of a `torch.autograd.Function`"
+    def given(grad, meta):
+        return torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device) if grad is None else grad
+    outs = node.apply(*map(given, grads, node._input_metadata))
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    needed = iter([o for o,needs in zip(outs, node.needs_input_grad) if needs])
+    return [None if to is None else next(needed) for to,_ in node.next_functions]
+
+# %% ../../nbs/paddy_multi/core/17_backward.ipynb #n028
 def _run(node, grads):
     "Gradients for the edges of `node`, from those of its outputs"
-    edges = node.next_functions
-    if hasattr(node, 'variable'): return _accumulate(node.variable, grads) or []
-    if all(g is None for g in grads): return [None]*len(edges)
-    if isinstance(node, BackwardCFunction): return _run_python(node, grads, edges)
+    if hasattr(node, 'variable'):
+        _accumulate(node.variable, grads)
+        return []
+    if all(g is None for g in grads): return [None]*len(node.next_functions)
+    if isinstance(node, BackwardCFunction): return _run_python(node, grads)
     outs = node(*grads)
     return list(outs) if isinstance(outs, tuple) else [outs]
 
-def _run_python(node, grads, edges):
-    metas = node._input_metadata
-    given = [torch.zeros(m.shape, dtype=m.dtype, device=m.device) if g is None else g for g,m in zip(grads, metas)]
-    outs = node.apply(*given)
-    outs = outs if isinstance(outs, tuple) else (outs,)
-    needed = iter([o for o,needs in zip(outs, node.needs_input_grad) if needs])
-    return [None if to is None else next(needed) for to,_ in edges]
+# %% ../../nbs/paddy_multi/core/17_backward.ipynb #n031
+def _fit(grad, meta):
+    "What the engine does with a gradient of another shape or type than the tensor has that it belongs to"
+    if tuple(grad.shape) != tuple(meta.shape): grad = grad.sum_to_size(meta.shape)
+    return grad if grad.dtype == meta.dtype else grad.to(meta.dtype)
 
-# %% ../../nbs/paddy_multi/core/17_backward.ipynb #n024
 class _Walk:
     "Nodes in the order of autograd's engine, and the gradients that wait for them"
     def __init__(self, nodes, kept):
@@ -124,30 +134,40 @@ class _Walk:
         new[j] = _fit(new[j], node._input_metadata[slot])
         _meet(self.grads[node], slot, new, j)
 
-    def is_ready(self, node):
-        "Weights first, and then what the forward pass made last"
-        self.n += 1
-        order = -math.inf if hasattr(node, 'variable') else -node._sequence_nr()
-        heapq.heappush(self.ready, (order, self.n, node))
+# %% ../../nbs/paddy_multi/core/17_backward.ipynb #n033
+@patch
+def is_ready(self:_Walk, node):
+    "Weights first, and then what the forward pass made last"
+    self.n += 1
+    order = -math.inf if hasattr(node, 'variable') else -node._sequence_nr()
+    heapq.heappush(self.ready, (order, self.n, node))
 
-    def step(self):
-        "Run a node, free what it kept, and hand on its gradients"
-        node = heapq.heappop(self.ready)[-1]
-        edges,new = node.next_functions,_run(node, self.grads.pop(node))
-        self.kept.let_go()
-        del self.waits[node], node
-        for j,(to,slot) in enumerate(edges):
-            if to is None: continue
-            self.receive(to, slot, new, j)
-            self.waits[to] -= 1
-            if not self.waits[to]: self.is_ready(to)
+# %% ../../nbs/paddy_multi/core/17_backward.ipynb #n036
+@patch
+def step(self:_Walk):
+    "Run a node, free what it kept, and hand on its gradients"
+    node = heapq.heappop(self.ready)[-1]
+    edges,new = node.next_functions,_run(node, self.grads.pop(node))
+    self.kept.let_go()
+    del self.waits[node], node
+    for j,(to,slot) in enumerate(edges):
+        if to is None: continue
+        self.receive(to, slot, new, j)
+        self.waits[to] -= 1
+        if not self.waits[to]: self.is_ready(to)
 
-def _fit(grad, meta):
-    "What the engine does with a gradient of another shape or type than the tensor has that it belongs to"
-    if tuple(grad.shape) != tuple(meta.shape): grad = grad.sum_to_size(meta.shape)
-    return grad if grad.dtype == meta.dtype else grad.to(meta.dtype)
+# %% ../../nbs/paddy_multi/core/17_backward.ipynb #n039
+def _walk(tensors, grads, kept):
+    "Walk from `tensors`, whose gradients are in the list `grads`, to the weights"
+    nodes = list(dict.fromkeys(t.grad_fn for t in tensors))
+    walk = _Walk(nodes, kept)
+    for i,t in enumerate(tensors): walk.receive(t.grad_fn, t.output_nr, grads, i)
+    for node in nodes:
+        if not walk.waits[node]: walk.is_ready(node)
+    del nodes
+    while walk.ready: walk.step()
 
-# %% ../../nbs/paddy_multi/core/17_backward.ipynb #n026
+# %% ../../nbs/paddy_multi/core/17_backward.ipynb #n042
 def backward(
     loss, # A number that was computed inside `kept`
     kept:Kept, # What holds the tensors of its graph
@@ -156,16 +176,7 @@ def backward(
     def walk(tensors, grads=None, *args, **kwargs):
         pairs = [(t, g) for t,g in zip(tensors, grads) if t.grad_fn is not None]
         _walk([t for t,_ in pairs], [g for _,g in pairs], kept)
-    # A checkpointed part calls backward itself, or is told by the group that it is still the same backward
+    # The group tells checkpointed parts that it is still the same backward
     with torch.no_grad(), GraphExecGroup(), replaced_in_thread(torch.autograd, 'backward', walk):
         first = torch.ones_like(loss)  # there until the end, as PyTorch has it
         _walk([loss], [first], kept)
-
-def _walk(tensors, grads, kept):
-    nodes = list(dict.fromkeys(t.grad_fn for t in tensors))
-    walk = _Walk(nodes, kept)
-    for i,t in enumerate(tensors): walk.receive(t.grad_fn, t.output_nr, grads, i)
-    for node in nodes:
-        if not walk.waits[node]: walk.is_ready(node)
-    del nodes
-    while walk.ready: walk.step()
