@@ -1,6 +1,7 @@
 "A step on fake tensors: every kind of learner, exact against counted real tensors, near what an H200 allocated"
 import json
 import string
+import tempfile
 import warnings
 import weakref
 from functools import partial
@@ -17,7 +18,7 @@ from fastai.tabular.all import Categorify, CategoryBlock, Normalize, TabularData
 from fastai.text.all import (AWD_LSTM, Categorize, ColReader, Datasets, LMDataLoader, Numericalize, RandomSplitter,
                              language_model_learner, pad_input_chunk, text_classifier_learner)
 from fastai.vision.all import (CrossEntropyLossFlat, CutMix, DataLoader, DataLoaders, DiceLoss, FocalLossFlat, L, Lamb,
-                               Larc, Learner, MixUp, OptimWrapper, QHAdam, RMSProp, SGD, create_unet_model,
+                               Larc, Learner, MixUp, OptimWrapper, QHAdam, RMSProp, SGD, create_unet_model, ranger,
                                resnet18)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,7 +27,10 @@ from torch.utils.checkpoint import checkpoint_sequential
 
 from paddy_multi.accumulate.tracing import TracedStep, one_item
 from paddy_multi.core.tensors import replaced
+from paddy_multi.data.digits import sample_digits
+from paddy_multi.data.loaders import MultiTargetDataLoaders
 from paddy_multi.targets.declare import Targets
+from paddy_multi.train.learner import MultiTargetLearner, multi_target_learner
 
 warnings.filterwarnings('ignore', message='.*(torch.jit.script|CUDA is not available).*')
 ROOT = Path(__file__).parents[1]
@@ -147,6 +151,10 @@ class Counter(TorchDispatchMode):
         return out
 
 
+class Batches(list):
+    "A loader of batches that are there"
+
+
 def counted(learn):
     "Most bytes of real tensors in a batch of a fit, with the optimizer's state there before, and the batch's size"
     learn.model.requires_grad_(True)
@@ -155,8 +163,10 @@ def counted(learn):
     learn.opt.step()
     learn.opt.zero_grad()
     batch = learn.dls.one_batch()
-    dls = DataLoaders([batch], [])
+    loader = Batches([batch])
+    dls = DataLoaders(loader, [])
     dls.n_inp = getattr(learn.dls, 'n_inp', 1)
+    dls.targets = loader.targets = getattr(learn.dls, 'targets', None)
     learn.dls = dls
     inner = getattr(learn.opt, 'opt', learn.opt)
     with Counter() as count, learn.no_bar(), learn.no_logging():
@@ -207,25 +217,56 @@ def checkpointed(model):
 
 
 RECURRENT = 'LSTM', 'GRU', 'text classifier', 'language model'
-HEAVY = 'unet', 'text classifier', 'language model', 'unet, Dice', 'unet, focal'
 
 
-def slow_if_heavy(names, but=()):
-    return [pytest.param(o, marks=pytest.mark.slow) if o in HEAVY and o not in but else o for o in names]
+def quick(names, *shown):
+    "All `names`, of which those that are not `shown` are tried by `make test-all` alone"
+    return [o if o in shown else pytest.param(o, marks=pytest.mark.slow) for o in names]
 
 
-@pytest.mark.parametrize('name', slow_if_heavy(EXACT, but=['unet']))
+@pytest.mark.parametrize('name', quick(EXACT, 'convnet', 'vit', 'LSTM', 'tabular', 'collab', 'MixUp', 'unet',
+                                       'checkpointed vit', 'InfoNCE', 'attention over the batch'))
 def test_a_step_takes_what_real_tensors_take(name):
     torch.manual_seed(0)
     real, n = counted(EXACT[name]())
     assert abs(total(traced(EXACT[name](), 'cpu'), n)/real-1) < .01
 
 
-@pytest.mark.parametrize('name', slow_if_heavy(o for o in EXACT if o not in RECURRENT))
+@pytest.mark.parametrize('name', quick([o for o in EXACT if o not in RECURRENT], 'convnet', 'collab', 'InfoNCE',
+                                       'attention over the batch'))
 def test_a_step_takes_as_much_on_the_kernels_of_cuda(name):
     "Where both have the same kernels; cuDNN's recurrent layers, and attention, keep other things than a CPU's"
     cpu, cuda = (total(traced(EXACT[name](), device), 8) for device in ('cpu', 'cuda'))
     assert abs(cuda-cpu) <= max(.01*cpu, 2048)
+
+
+def segmentation(frozen):
+    "21 classes of every pixel, by a body that is four times as wide in its middle"
+    items = [(torch.randn(3, 32, 32), torch.randint(21, (32, 32)))]*8
+    body = nn.Sequential(nn.Conv2d(3, 128, 3, padding=1), nn.ReLU(), nn.Conv2d(128, 128, 3, padding=1), nn.ReLU(),
+                         nn.Conv2d(128, 16, 1)).requires_grad_(not frozen)
+    return Learner(loaders(items), nn.Sequential(body, nn.ReLU(), nn.Conv2d(16, 21, 1)), opt_func=SGD,
+                   loss_func=CrossEntropyLossFlat(axis=1))
+
+
+@pytest.mark.parametrize('frozen', [False, True])
+def test_the_output_of_the_batch_before_is_held_through_the_next(frozen):
+    def fitted(n):
+        learn = segmentation(frozen)
+        learn.dls = DataLoaders([batch]*n, [])
+        learn.create_opt()
+        with Counter() as count, learn.no_bar(), learn.no_logging():
+            count.add([*learn.model.parameters(), *batch])
+            learn.fit(1)
+        return count.peak
+    batch = segmentation(frozen).dls.one_batch()
+    real = [fitted(n) for n in (1, 2, 3)]
+    step, found = traced(segmentation(frozen), 'cpu', 'as is'), []
+    for previous in (False, True):
+        step.run(8, gradients=previous, previous=previous)
+        found.append(step.peak)
+    assert real[1]-real[0] == pytest.approx(step.gradients+step.outputs*frozen, rel=.02)  # the first has no gradients
+    assert found == pytest.approx([real[0], real[1]], rel=.01) and real[2] == pytest.approx(real[1], rel=.01)
 
 
 # --- every kind of learner ------------------------------------------------------------------------------------------
@@ -308,7 +349,27 @@ def multi_target(*cbs):
     return Learner(dls, model, loss_func=targets.loss(), cbs=cbs)
 
 
+def of_digits():
+    folder = tempfile.TemporaryDirectory()
+    path = sample_digits(folder.name)
+    df = pd.read_csv(path/'labels.csv', dtype=dict(digit=str))[:40]
+    dls = MultiTargetDataLoaders.from_df(df, path, folder='images', targets=['digit', 'slant', 'ink'], seed=1, bs=8,
+                                         num_workers=0)
+    learn = multi_target_learner(dls, nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.ReLU()), weighting='uncertainty')
+    learn.folder = folder  # which goes with the learner
+    return learn
+
+
+def test_a_multi_target_learner_takes_what_real_tensors_take():
+    learn = of_digits()
+    step = traced(learn, 'cpu')
+    assert isinstance(learn, MultiTargetLearner) and type(step.learn) is MultiTargetLearner
+    real, n = counted(learn)
+    assert total(step, n) == pytest.approx(real, rel=.01)
+
+
 LEARNERS = {
+    'multi_target_learner': of_digits,
     'unet, Dice': lambda: unet(DiceLoss()), 'unet, focal': lambda: unet(FocalLossFlat(axis=1)),
     'dict input': of_dicts, 'tuple input': of_tuples, 'two inputs': of_two_inputs,
     'dict output': lambda: of_numbers(Of(give=lambda o: {'logits': o}),
@@ -326,10 +387,16 @@ NAMES = [*LEARNERS, 'text classifier', 'language model', 'tabular', 'collab', 'u
          'checkpointed test_convnext']
 
 
-@pytest.mark.parametrize('precision', [None, torch.float16], ids=['float32', 'fp16'])
-@pytest.mark.parametrize('name', slow_if_heavy(NAMES, but=['text classifier']))
-def test_every_learner_traces_on_cuda(name, precision):
-    step = traced((LEARNERS | EXACT)[name](), dtype=precision)
+SHOWN = 'fp16, tabular', 'fp16, text classifier', 'fp16, checkpointed vit', 'fp16, dict input', 'fp16, two LSTMs', \
+        'fp16, reentrant', 'fp16, not reentrant', 'fp16, targets, MixUp', 'float32, packed', 'float32, tied weights', \
+        'float32, tuple input', 'float32, two inputs', 'float32, dict output', 'float32, mask in the loss', \
+        'float32, value decides', 'float32, weights of a closure', 'float32, multi_target_learner', 'float32, collab'
+
+
+@pytest.mark.parametrize('case', quick([f'{p}, {o}' for p in ('float32', 'fp16') for o in NAMES], *SHOWN))
+def test_every_learner_traces_on_cuda(case):
+    precision, _, name = case.partition(', ')
+    step = traced((LEARNERS | EXACT)[name](), dtype=dict(float32=None, fp16=torch.float16)[precision])
     with warnings.catch_warnings():
         warnings.filterwarnings('error', message='.*cannot be run without real tensors')
         step.run(8)
@@ -343,7 +410,7 @@ TORCHS = ['SGD', 'Adam', 'AdamW', 'RAdam', 'RMSprop', 'NAdam', 'Adagrad', 'Adade
           'Rprop']
 
 
-@pytest.mark.parametrize('opt', [SGD, RMSProp, Lamb, QHAdam, Larc, *TORCHS, 'fused'],
+@pytest.mark.parametrize('opt', [SGD, RMSProp, Lamb, QHAdam, Larc, ranger, *TORCHS, 'fused'],
                          ids=lambda o: getattr(o, '__name__', o))
 def test_an_optimizer_keeps_what_it_keeps(opt):
     if opt == 'fused': opt = partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True))
@@ -355,6 +422,8 @@ def test_an_optimizer_keeps_what_it_keeps(opt):
     learn.opt.step()
     real = Counter()
     real.add([dict(o) for o in getattr(learn.opt, 'opt', learn.opt).state.values()])
+    real.add([[*o] for o in getattr(learn.opt, 'slow_weights', [])])
+    if opt is ranger: assert real.now >= 3*step.parameters  # two averages, and the slow weights
     assert abs(step.state-real.now) <= 512*4 and step.update >= 0
 
 
@@ -426,7 +495,7 @@ def test_copies_take_no_memory():
 def test_two_threads_trace_at_once():
     from concurrent.futures import ThreadPoolExecutor
     with ThreadPoolExecutor(2) as pool:
-        totals = list(pool.map(lambda _: total(traced(of_pictures(checkpointed(vit()))), 8), range(4)))
+        totals = list(pool.map(lambda _: total(traced(of_pictures(checkpointed(vit()))), 8), range(2)))
     assert len(set(totals)) == 1
 
 
