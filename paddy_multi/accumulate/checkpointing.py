@@ -59,7 +59,13 @@ def _innermost(module):
         found += [child] if is_block and not stage else inner
     return found
 
-# %% ../../nbs/paddy_multi/accumulate/11_checkpointing.ipynb #n021
+# %% ../../nbs/paddy_multi/accumulate/11_checkpointing.ipynb #w01
+def _set_forward(module, kind):
+    "Give `module` a `forward` of another `kind`, or with None its own again"
+    module.__dict__.pop('forward', None)
+    if kind: module.forward = kind(module)
+
+# %% ../../nbs/paddy_multi/accumulate/11_checkpointing.ipynb #w04
 def _ask_timm(module, enable):
     "Can `module` checkpoint itself, and has it done so?"
     if not hasattr(module, 'set_grad_checkpointing'): return False
@@ -75,11 +81,6 @@ def _switch(module, enable):
     blocks = _innermost(module)
     for block in blocks: _set_forward(block, Checkpointed if enable else None)
     return len(blocks)
-
-def _set_forward(module, kind):
-    "Give `module` a `forward` of another `kind`, or with None its own again"
-    module.__dict__.pop('forward', None)
-    if kind: module.forward = kind(module)
 
 # %% ../../nbs/paddy_multi/accumulate/11_checkpointing.ipynb #n023
 def checkpoint_activations(

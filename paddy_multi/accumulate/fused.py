@@ -11,11 +11,12 @@ from functools import partial
 
 import torch
 from fastai.optimizer import Adam, OptimWrapper, Optimizer, SGD
+from fastcore.basics import patch
 from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
-# %% ../../nbs/paddy_multi/accumulate/15_fused.ipynb #n007
+# %% ../../nbs/paddy_multi/accumulate/15_fused.ipynb #a00
 class FusedAdam(Optimizer):
     "fastai's `Adam` with one fused kernel for each group of parameters"
     def __init__(self,
@@ -30,36 +31,42 @@ class FusedAdam(Optimizer):
         super().__init__(params, [], lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
         self.rule = adamw if decouple_wd else adam
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        if closure is not None: raise NotImplementedError('fastai optimizers do not support a closure')
-        for group,hyper in zip(self.param_lists, self.hypers):
-            for decays in (True, False):
-                params = [p for p in group if p.grad is not None and self.state[p].get('do_wd', True) == decays]
-                if params: self._update(params, hyper, hyper['wd'] if decays else 0.)
+# %% ../../nbs/paddy_multi/accumulate/15_fused.ipynb #a03
+@patch
+def _state_of(self:FusedAdam, p):
+    state = self.state[p]
+    if 'grad_avg' not in state:
+        state.update(grad_avg=torch.zeros_like(p), sqr_avg=torch.zeros_like(p), step=0)
+    if not isinstance(state['step'], Tensor):
+        state['step'] = torch.full((), float(state['step']), device=p.device)
+    return state
 
-    def _update(self, params, hyper, wd):
-        states = [self._state_of(p) for p in params]
-        means,squares,steps = ([o[k] for o in states] for k in ('grad_avg', 'sqr_avg', 'step'))
-        self.rule(params, [p.grad for p in params], means, squares, [], steps, fused=True, amsgrad=False,
-                  maximize=False, lr=float(hyper['lr']), beta1=float(hyper['mom']), beta2=float(hyper['sqr_mom']),
-                  weight_decay=float(wd), eps=float(hyper['eps']))
+# %% ../../nbs/paddy_multi/accumulate/15_fused.ipynb #a06
+@patch
+def _update(self:FusedAdam, params, hyper, wd):
+    states = [self._state_of(p) for p in params]
+    means,squares,steps = ([o[k] for o in states] for k in ('grad_avg', 'sqr_avg', 'step'))
+    self.rule(params, [p.grad for p in params], means, squares, [], steps, fused=True, amsgrad=False,
+              maximize=False, lr=float(hyper['lr']), beta1=float(hyper['mom']), beta2=float(hyper['sqr_mom']),
+              weight_decay=float(wd), eps=float(hyper['eps']))
 
-    def _state_of(self, p):
-        state = self.state[p]
-        if 'grad_avg' not in state:
-            state.update(grad_avg=torch.zeros_like(p), sqr_avg=torch.zeros_like(p), step=0)
-        if not isinstance(state['step'], Tensor):  # the kernel counts on the device
-            state['step'] = torch.full((), float(state['step']), device=p.device)
-        return state
+@patch
+@torch.no_grad()
+def step(self:FusedAdam, closure=None):
+    if closure is not None: raise NotImplementedError('fastai optimizers do not support a closure')
+    for group,hyper in zip(self.param_lists, self.hypers):
+        for decays in (True, False):
+            params = [p for p in group if p.grad is not None and self.state[p].get('do_wd', True) == decays]
+            if params: self._update(params, hyper, hyper['wd'] if decays else 0.)
 
-# %% ../../nbs/paddy_multi/accumulate/15_fused.ipynb #n013
+# %% ../../nbs/paddy_multi/accumulate/15_fused.ipynb #o01
 def _unwrapped(opt_func):
     "The function that stands in `partial`s, and the arguments that they give it"
     kwargs = {}
     while isinstance(opt_func, partial): opt_func,kwargs = opt_func.func,{**opt_func.keywords, **kwargs}
     return opt_func, kwargs
 
+# %% ../../nbs/paddy_multi/accumulate/15_fused.ipynb #o03
 def fused_optimizer(
     opt_func, # What `Learner` takes: fastai's `Adam`, or `partial(OptimWrapper, opt=torch.optim.AdamW)`
 ): # A function like `opt_func`, None where PyTorch has no fused kernel for it, or it is fused already
@@ -72,6 +79,7 @@ def fused_optimizer(
     if not can or {**more, **kwargs}.get('fused'): return None
     return partial(opt_func, fused=True)
 
+# %% ../../nbs/paddy_multi/accumulate/15_fused.ipynb #o06
 def plain_sgd(
     opt_func, # What the learner has: fastai's, or a wrapped optimizer of PyTorch
 ): # A function like it for SGD without momentum, which keeps nothing

@@ -10,30 +10,78 @@ import itertools
 import math
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 
 import torch
 from fastai.torch_core import norm_bias_params
+from fastcore.basics import patch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .checkpointing import checkpoint_activations
-from .costs import Card, Costs
+from .costs import Costs, step_seconds
 from .fused import fused_optimizer, plain_sgd
 from .memory import parse_bytes
 from .steps import step_memory
 from .tracing import TracedStep, one_item
 from .training_plan import TrainingPlan, TrainingPlans, precision_of
 
-# %% ../../nbs/paddy_multi/accumulate/18_plan.ipynb #n009
+# %% ../../nbs/paddy_multi/accumulate/18_plan.ipynb #q03
+_known = dict(precisions=('fp32', 'fp16', 'bf16'), optimizers=('as is', 'fused', 'sgd'), checkpointing=(False, True),
+              frozen=(False, True))
+
+def _chosen(name, values):
+    "The `values` to combine; None for all"
+    known = _known[name]
+    if values is None: return list(known)
+    if isinstance(values, str) or not values or any(o not in known for o in values):
+        raise ValueError(f'expected {name} of {known}, as a list, found {values!r}')
+    return list(values)
+
+# %% ../../nbs/paddy_multi/accumulate/18_plan.ipynb #q06
+def _precisions(learn, device, asked):
+    if device != 'cpu': return _chosen('precisions', asked)
+    own = precision_of(learn)
+    if set(asked or [own]) == {own}: return [own]
+    raise ValueError(f'mixed precision does nothing on a CPU: expected precisions=["{own}"] there, as the learner '
+                     f'has it, found {list(asked)}')
+
+# %% ../../nbs/paddy_multi/accumulate/18_plan.ipynb #q09
+def _frozen(learn, asked):
+    if not isinstance(next(iter(learn.splitter(learn.model))), Tensor): return _chosen('frozen', asked)
+    found = _chosen('frozen', [False] if asked is None else asked)
+    if True not in found: return found
+    raise ValueError('frozen: the learner has one group of parameters, so no body to freeze: '
+                     'give it a splitter, or leave frozen out')
+
+# %% ../../nbs/paddy_multi/accumulate/18_plan.ipynb #q12
 def _freeze(learn, model):
     "Let of `model`, a copy of the learner's, train what `learn.freeze()` leaves"
+    model.requires_grad_(True)
     for group in list(learn.splitter(model))[:-1]:
         for p in group: p.requires_grad_(False)
     if learn.train_bn:
         for p in norm_bias_params(model, False): p.requires_grad_(True)
 
+# %% ../../nbs/paddy_multi/accumulate/18_plan.ipynb #q14
+@dataclass
+class _Planner:
+    "A learner and what was traced of it"
+    learn:object
+    device:str # 'cuda' or 'cpu'
+    valid:bool=False # Count validation?
+    budget:int=0 # Bytes
+    reserve:int|None=None # Bytes that are not for tensors, None for what is predicted
+    stays_frozen:bool=False # Is nothing but the head of a frozen learner planned for?
+    found:dict=field(default_factory=dict) # What was traced, by what was asked
+
+    def once(self, f, *args):
+        "What `f` gives for `args`, worked out once"
+        if (f, args) not in self.found: self.found[f, args] = f(self, *args)
+        return self.found[f, args]
+
+# %% ../../nbs/paddy_multi/accumulate/18_plan.ipynb #q17
 @contextmanager
 def _optimized_by(learn, opt_func):
     "For the time of a trace, another optimizer"
@@ -41,42 +89,45 @@ def _optimized_by(learn, opt_func):
     try: yield
     finally: learn.opt_func = before
 
-def _setting(learn, device, valid, half, checkpointing, frozen):
-    "Memory of a step in one precision, with or without checkpointing, of all or of the head"
+def _trace(self, half, checkpointing, frozen):
+    "Memory of a step, and FLOPs and operations of a whole batch"
     def prepare(model):
-        if frozen: _freeze(learn, model.requires_grad_(True))
+        if frozen: _freeze(self.learn, model)
         checkpoint_activations(model, checkpointing)
-    with _optimized_by(learn, plain_sgd(learn.opt_func)):  # the bytes of others are put in its place
-        memory = step_memory(learn, device, 'as is' if frozen else 'all', valid=valid, prepare=prepare, counter=Costs,
-                             dtype=torch.float16 if half else None)
+    with _optimized_by(self.learn, plain_sgd(self.learn.opt_func)):
+        memory = step_memory(self.learn, self.device, 'as is' if frozen else 'all', valid=self.valid, prepare=prepare,
+                             counter=Costs, dtype=torch.float16 if half else None)
     count = memory.step.count
     count.flops = count.launches = 0
     replace(memory, valid_n=0).at(1)
     return memory, count.flops, count.launches
 
-# %% ../../nbs/paddy_multi/accumulate/18_plan.ipynb #n011
+# %% ../../nbs/paddy_multi/accumulate/18_plan.ipynb #q20
 def _with_optimizer(learn, name):
     "What makes the optimizer that is called `name`, None if there is none"
     if name == 'as is': return learn.opt_func
     return fused_optimizer(learn.opt_func) if name == 'fused' else plain_sgd(learn.opt_func)
 
-def _update(learn, opt_func, device, frozen):
+def _update(self, name, frozen):
     "Bytes that an optimizer keeps, and that it needs while it steps; do gradients stay; and operations of a step"
     def prepare(model):
-        if frozen: _freeze(learn, model.requires_grad_(True))
-    with _optimized_by(learn, opt_func):
-        step = TracedStep(learn, one_item(learn)[0], device, 'as is' if frozen else 'all', prepare=prepare,
-                          counter=Costs)
+        if frozen: _freeze(self.learn, model)
+    with _optimized_by(self.learn, _with_optimizer(self.learn, name)):
+        step = TracedStep(self.learn, one_item(self.learn)[0], self.device, 'as is' if frozen else 'all',
+                          prepare=prepare, counter=Costs)
     return dict(state=step.state, update=step.update), step.keeps_gradients, step.count.launches/2
 
-def _with_update(memory, update, keeps_gradients):
-    "`memory` with another optimizer, which shares its traces if gradients stay, or go, with both"
+# %% ../../nbs/paddy_multi/accumulate/18_plan.ipynb #q22
+def _memory(self, half, checkpointing, frozen, optimizer):
+    "Memory of a step with an optimizer"
+    memory = self.once(_trace, half, checkpointing, frozen)[0]
+    update,keeps_gradients,_ = self.once(_update, optimizer, frozen)
     step = copy(memory.step)
     step.keeps_gradients = keeps_gradients
     same = keeps_gradients == memory.step.keeps_gradients
     return replace(memory, step=step, runs=memory.runs if same else {}, **update)
 
-# %% ../../nbs/paddy_multi/accumulate/18_plan.ipynb #n014
+# %% ../../nbs/paddy_multi/accumulate/18_plan.ipynb #q25
 def _sizes(n, smallest):
     "Chunk sizes of a batch of `n` that differ in their number of chunks, the largest first"
     return sorted({math.ceil(n/accum) for accum in range(1, n+1)} - set(range(1, min(smallest, n))), reverse=True)
@@ -90,64 +141,75 @@ def _largest(sizes, fits):
         low,high = (low, middle) if fits(sizes[middle]) else (middle, high)
     return sizes[high]
 
-# %% ../../nbs/paddy_multi/accumulate/18_plan.ipynb #n016
-def _plan(learn, memory, card, costs, budget, reserve, accum, names):
-    "The plan with `accum` chunks, or with None the fewest that fit"
-    flops,launches,update_launches,plain_flops = costs
-    n = memory.n
-    def needs(m):
-        row = memory.at(math.ceil(n/m))
-        return row['reserved'] if reserve is None else row['total']+reserve
-    m = math.ceil(n/accum) if accum else _largest(_sizes(n, memory.smallest()), lambda o: needs(o) <= budget)
-    accum = math.ceil(n/m)
-    seconds = card.seconds(flops, launches*accum+update_launches, names['precision'] != 'fp32')
-    level,changes = _differences(learn, accum, **names)
-    return TrainingPlan(accum, m, level=level, changes=changes, total=memory.at(accum)['total'], needs=needs(m),
-                        fits=needs(m) <= budget, flops=flops, extra=flops/plain_flops-1, seconds=seconds, **names)
+# %% ../../nbs/paddy_multi/accumulate/18_plan.ipynb #q27
+@patch
+def needs(self:_Planner, memory, accum):
+    "Bytes that count against the budget"
+    row = memory.at(accum)
+    return row['reserved'] if self.reserve is None else row['total']+self.reserve
 
-def _differences(learn, accum, precision, optimizer, frozen, checkpointing):
+@patch
+def fewest(self:_Planner, memory):
+    "Chunks of a batch"
+    n = memory.n
+    def fits(m): return self.needs(memory, math.ceil(n/m)) <= self.budget
+    return math.ceil(n/_largest(_sizes(n, memory.smallest()), fits))
+
+# %% ../../nbs/paddy_multi/accumulate/18_plan.ipynb #q30
+@patch
+def changes(self:_Planner, accum, precision, optimizer, checkpointing, frozen):
     "How much a plan changes the training, and what"
-    batchnorm = accum > 1 and any(isinstance(m, _BatchNorm) for m in learn.model.modules())
-    found = {precision: 1} if precision != precision_of(learn) else {}
+    batchnorm = accum > 1 and any(isinstance(m, _BatchNorm) for m in self.learn.model.modules())
+    found = {precision: 1} if precision != precision_of(self.learn) else {}
     if batchnorm: found['BatchNorm over fewer items'] = 2
     if optimizer == 'sgd': found['SGD'] = 3
-    if frozen: found['body frozen'] = 3
+    if frozen and not self.stays_frozen: found['body frozen'] = 3
     return max(found.values(), default=0), ', '.join(found)
 
-# %% ../../nbs/paddy_multi/accumulate/18_plan.ipynb #n019
-def _choices(learn, device, **asked):
-    "What to combine, without what this learner cannot do; `ValueError` for what does not exist"
-    known = dict(precisions=('fp32', 'fp16', 'bf16'), optimizers=('as is', 'fused', 'sgd'),
-                 checkpointing=(False, True), frozen=(False, True))
-    for name,values in asked.items():
-        if values is not None and (isinstance(values, str) or not values or any(o not in known[name] for o in values)):
-            raise ValueError(f'expected {name} of {known[name]}, as a list, found {values!r}')
-    found = {k: list(known[k] if asked[k] is None else asked[k]) for k in known}
-    if device == 'cpu': found['precisions'] = _only_own(learn, asked['precisions'])
-    has_groups = not isinstance(next(iter(learn.splitter(learn.model))), Tensor)
-    if not has_groups and asked['frozen'] is None: found['frozen'] = [False]
-    if not has_groups and True in found['frozen']:
-        raise ValueError('frozen: the learner has one group of parameters, so no body to freeze: '
-                         'give it a splitter, or leave frozen out')
-    return found
+# %% ../../nbs/paddy_multi/accumulate/18_plan.ipynb #q33
+@patch
+def half(self:_Planner, way): return way['precision'] != 'fp32' and self.device != 'cpu'
 
-def _only_own(learn, precisions):
-    own = precision_of(learn)
-    if set(precisions or [own]) == {own}: return [own]
-    raise ValueError(f'mixed precision does nothing on a CPU: expected precisions=["{own}"] there, as the learner '
-                     f'has it, found {list(precisions)}')
+@patch
+def plan(self:_Planner, way, accum=None):
+    "The plan with `accum` chunks, or with None the fewest that fit"
+    setting = self.half(way), way['checkpointing'], way['frozen']
+    memory = self.once(_memory, *setting, way['optimizer'])
+    _,flops,launches = self.once(_trace, *setting)
+    whole_flops = self.once(_trace, setting[0], False, False)[1]
+    m = math.ceil(memory.n/(accum or self.fewest(memory)))
+    accum = math.ceil(memory.n/m)
+    launches = launches*accum + self.once(_update, way['optimizer'], way['frozen'])[2]
+    level,changes = self.changes(accum, **way)
+    needs = self.needs(memory, accum)
+    return TrainingPlan(
+        accum, m, **way, changes=changes, level=level, total=memory.at(accum)['total'], needs=needs,
+        fits=needs <= self.budget, flops=flops, extra=flops/whole_flops-1,
+        seconds=step_seconds(flops, launches, setting[0]), opt_func=_with_optimizer(self.learn, way['optimizer']))
 
-# %% ../../nbs/paddy_multi/accumulate/18_plan.ipynb #n021
-def _settings(learn, device, valid, halves, checkpointing, frozen):
-    "What was traced, by precision, checkpointing and what trains; without checkpointing where a model has no blocks"
-    found = {}
-    for half,again,head in itertools.product(halves, checkpointing, frozen):
-        try: found[half, again, head] = _setting(learn, device, valid, half, again, head)
-        except RuntimeError as e:
-            if 'no blocks to checkpoint' not in str(e.__cause__): raise
-            if checkpointing == [True]: raise e.__cause__
-    return found
+# %% ../../nbs/paddy_multi/accumulate/18_plan.ipynb #q36
+@patch
+def lacks(self:_Planner, way):
+    "What the learner lacks for `way`, '' if nothing"
+    if _with_optimizer(self.learn, way['optimizer']) is None:
+        return f'there is no fused form of {self.learn.opt_func}: expected optimizers with "as is" or "sgd", too'
+    if not way['checkpointing']: return ''
+    try: self.once(_trace, self.half(way), True, way['frozen'])
+    except RuntimeError as e:
+        if 'no blocks to checkpoint' in str(e.__cause__): return str(e.__cause__)
+        raise
+    return ''
 
+# %% ../../nbs/paddy_multi/accumulate/18_plan.ipynb #q38
+def _check_accums(accums):
+    for o in accums or ():
+        if isinstance(o, bool) or not isinstance(o, Integral) or o < 1:
+            raise ValueError(f'accums are numbers of chunks, positive ints; found {o!r}')
+
+_note = ('\nSome layers are frozen now: all but the plans with the body frozen count them as training, as they do in '
+         'fine_tune or after unfreeze().')
+
+# %% ../../nbs/paddy_multi/accumulate/18_plan.ipynb #q40
 def plan_training(
     learn, # `Learner` with any model, optimizer and precision; it stays as it is
     budget, # Memory that PyTorch may take on the device: '16GB', '15GiB', or bytes
@@ -159,33 +221,16 @@ def plan_training(
     reserve=None, # Part of the budget that is not for tensors, 0 for none; None for what is predicted
     device:str='cuda', # Kind of device to predict for: 'cuda' or 'cpu'
     valid:bool=True, # Count validation too, where the learner has a validation loader?
-    card:Card=None, # Speeds to rank by
 )->TrainingPlans:
     "Ways to train `learn` within `budget`, ranked; `ValueError` for what cannot be read or combined"
-    budget,card = parse_bytes(budget),card or Card()
-    if reserve is not None: reserve = parse_bytes(reserve, least=0)
-    for o in accums or ():
-        if isinstance(o, bool) or not isinstance(o, Integral) or o < 1:
-            raise ValueError(f'accums are numbers of chunks, positive ints; found {o!r}')
-    ways = _choices(learn, device, precisions=precisions, optimizers=optimizers, checkpointing=checkpointing,
-                    frozen=frozen)
-    if device == 'cpu': halves = {o: False for o in ways['precisions']}
-    else: halves = {o: o != 'fp32' for o in ways['precisions']}
-    traced = _settings(learn, device, valid, sorted(set(halves.values())), ways['checkpointing'], ways['frozen'])
-    whole = (min(halves.values()), False, False)
-    plain_flops = (traced.get(whole) or _setting(learn, device, False, *whole))[1]
-    plans = []
-    for name,head in itertools.product(ways['optimizers'], ways['frozen']):
-        opt_func = _with_optimizer(learn, name)
-        if opt_func is None: continue
-        *update,update_launches = _update(learn, opt_func, device, head)
-        for precision,again in itertools.product(halves, ways['checkpointing']):
-            if (halves[precision], again, head) not in traced: continue
-            memory,*costs = traced[halves[precision], again, head]
-            names = dict(precision=precision, optimizer=name, frozen=head, checkpointing=again)
-            for accum in accums or [None]:
-                plan = _plan(learn, _with_update(memory, *update), card, (*costs, update_launches, plain_flops), budget,
-                             reserve, accum, names)
-                plans.append(replace(plan, opt_func=opt_func))
-    if plans: return TrainingPlans(plans, budget)
-    raise ValueError(f'there is no fused form of {learn.opt_func}: expected optimizers with "as is" or "sgd", too')
+    budget,reserve = parse_bytes(budget),None if reserve is None else parse_bytes(reserve, least=0)
+    _check_accums(accums)
+    asked = dict(precision=_precisions(learn, device, precisions), optimizer=_chosen('optimizers', optimizers),
+                 checkpointing=_chosen('checkpointing', checkpointing), frozen=_frozen(learn, frozen))
+    is_frozen,head = not all(p.requires_grad for p in learn.model.parameters()),asked['frozen'] == [True]
+    planner = _Planner(learn, device, valid, budget, reserve, stays_frozen=is_frozen and head)
+    ways = [dict(zip(asked, o)) for o in itertools.product(*asked.values())]
+    lacks = [planner.lacks(o) for o in ways]
+    if all(lacks): raise ValueError(lacks[0])
+    plans = [planner.plan(way, accum) for way,lack in zip(ways, lacks) if not lack for accum in accums or [None]]
+    return TrainingPlans(plans, budget, _note if is_frozen and not head else '')

@@ -15,11 +15,7 @@ from fastcore.basics import patch
 from .checkpointing import checkpoint_activations
 from .microbatch import MicroBatch
 
-# %% ../../nbs/paddy_multi/accumulate/17_training_plan.ipynb #n008
-_levels = 'the same updates', 'other rounding', 'other statistics', 'another training'
-
-def _size_text(n): return f'{n/1e9:.1f} GB' if n >= 1e9 else f'{n/1e6:.0f} MB'
-
+# %% ../../nbs/paddy_multi/accumulate/17_training_plan.ipynb #t01
 @dataclass
 class TrainingPlan:
     "A way to train a learner, and what it is predicted to take"
@@ -39,15 +35,19 @@ class TrainingPlan:
     seconds:float # For ranking only
     opt_func:object=field(default=None, repr=False) # What makes the optimizer
 
-    def __str__(self):
-        head = f'accum={self.accum}, {self.bs} at a time' if self.accum > 1 else 'whole batches'
-        optimizer = dict(fused='fused optimizer', sgd='SGD').get(self.optimizer)
-        more = [o for o in ('checkpointing' if self.checkpointing else '', self.precision, optimizer,
-                            'body frozen' if self.frozen else '') if o]
-        extra = f', {self.extra:+.0%} FLOPs' if abs(self.extra) > .005 else ''
-        return f'{", ".join([head, *more])}: {_size_text(self.needs)}{extra}'
+# %% ../../nbs/paddy_multi/accumulate/17_training_plan.ipynb #t04
+def _size_text(n): return f'{n/1e9:.1f} GB' if n >= 1e9 else f'{n/1e6:.3g} MB'
 
-# %% ../../nbs/paddy_multi/accumulate/17_training_plan.ipynb #n011
+@patch
+def __str__(self:TrainingPlan):
+    head = f'accum={self.accum}, {self.bs} at a time' if self.accum > 1 else 'whole batches'
+    optimizer = dict(fused='fused optimizer', sgd='SGD').get(self.optimizer)
+    more = [o for o in ('checkpointing' if self.checkpointing else '', self.precision, optimizer,
+                        'body frozen' if self.frozen else '') if o]
+    extra = f', {self.extra:+.0%} FLOPs' if abs(self.extra) > .005 else ''
+    return f'{", ".join([head, *more])}: {_size_text(self.needs)}{extra}'
+
+# %% ../../nbs/paddy_multi/accumulate/17_training_plan.ipynb #t07
 def precision_of(
     learn, # `Learner`
 )->str: # 'fp32', 'fp16' or 'bf16'
@@ -55,31 +55,33 @@ def precision_of(
     cb = next(iter(learn._grab_cbs(MixedPrecision)), None)
     return 'fp32' if cb is None else cb.amp_mode.value
 
+def _set_precision(learn, precision):
+    if precision_of(learn) == precision: return
+    learn.to_fp32()
+    if precision != 'fp32': learn.add_cb(MixedPrecision(amp_mode=precision))
+
+# %% ../../nbs/paddy_multi/accumulate/17_training_plan.ipynb #t10
 @patch
 def apply(self:TrainingPlan,
     learn, # The learner that was planned for, or one like it
 )->MicroBatch|None: # For `fit(cbs=...)`; None if whole batches fit
     "Have `learn` train as planned"
-    if precision_of(learn) != self.precision:
-        learn.to_fp32()
-        if self.precision != 'fp32': learn.add_cb(MixedPrecision(amp_mode=self.precision))
+    _set_precision(learn, self.precision)
     if learn.opt_func is not self.opt_func: learn.opt_func,learn.opt = self.opt_func,None
     checkpoint_activations(learn.model, self.checkpointing)
     if self.frozen: learn.freeze()
     return MicroBatch(self.bs) if self.accum > 1 else None
 
-# %% ../../nbs/paddy_multi/accumulate/17_training_plan.ipynb #n014
-_columns = ['accum', 'bs', 'checkpointing', 'precision', 'optimizer', 'frozen', 'exact', 'changes', 'fits',
-            'total', 'needs', 'flops', 'extra', 'time']
-
+# %% ../../nbs/paddy_multi/accumulate/17_training_plan.ipynb #t13
 class TrainingPlans:
     "Ways to train a learner, the best first: what fits, changes least, and is fastest"
     def __init__(self,
         plans, # `TrainingPlan`s
         budget:int, # Bytes that there are
+        note:str='', # To be said with them
     ):
         self.plans = sorted(plans, key=lambda o: (not o.fits, o.level, o.seconds, o.accum, o.needs))
-        self.budget = budget
+        self.budget,self.note = budget,note
 
     @property
     def best(self)->TrainingPlan|None:
@@ -91,25 +93,44 @@ class TrainingPlans:
         "The one that needs the least memory"
         return min(self.plans, key=lambda o: o.needs)
 
-    @property
-    def df(self)->pd.DataFrame:
-        "A row for each plan; bytes, FLOPs of a batch, and the time that ranks it, with 1 for the fastest that fits"
-        fastest = min((o.seconds for o in self.plans if o.fits), default=self.plans[0].seconds)
-        rows = [{**vars(o), 'exact': o.level == 0, 'time': o.seconds/fastest} for o in self.plans]
-        return pd.DataFrame(rows)[_columns]
+# %% ../../nbs/paddy_multi/accumulate/17_training_plan.ipynb #t16
+_columns = ['accum', 'bs', 'checkpointing', 'precision', 'optimizer', 'frozen', 'exact', 'changes', 'fits',
+            'total', 'needs', 'flops', 'extra', 'time']
 
-# %% ../../nbs/paddy_multi/accumulate/17_training_plan.ipynb #n016
+@patch(as_prop=True)
+def df(self:TrainingPlans)->pd.DataFrame:
+    "A row for each plan; bytes, FLOPs of a batch, and the time that ranks it, with 1 for the fastest that fits"
+    fastest = min((o.seconds for o in self.plans if o.fits), default=self.plans[0].seconds)
+    rows = [{**vars(o), 'exact': o.level == 0, 'time': o.seconds/fastest} for o in self.plans]
+    return pd.DataFrame(rows)[_columns]
+
+# %% ../../nbs/paddy_multi/accumulate/17_training_plan.ipynb #t19
+@patch
+def _worth_it(self:TrainingPlans):
+    "Row and plan of each that is shown"
+    least,kinds,shown = float('inf'),set(),{}
+    for i,o in enumerate(self.plans):
+        if not o.fits or ', ' in o.changes: continue
+        worth_it = o.needs < .99*least if o.level == 0 else o.changes not in kinds
+        if worth_it: shown[i] = o
+        if o.level == 0: least = min(least, o.needs)
+        kinds.add(o.changes)
+    return shown or {0: self.plans[0]}
+
+# %% ../../nbs/paddy_multi/accumulate/17_training_plan.ipynb #t21
+_levels = 'the same updates', 'other rounding', 'other statistics', 'another training'
+
 @patch
 def __repr__(self:TrainingPlans):
-    fitting = [o for o in self.plans if o.fits]
-    head = f'{len(fitting)} of {len(self.plans)} plans fit {_size_text(self.budget)}'
-    if not fitting: return f'{head}. The one that needs the least is {self.least}'
-    shown = [o for o in fitting if not o.level][:3]
-    for plan in fitting:  # of each other training, the fastest
-        if ', ' not in plan.changes and plan.changes not in [o.changes for o in shown]: shown.append(plan)
-    lines = [f'  {_levels[o.level]}{f" ({o.changes})" if o.changes else ""}: {o}' for o in shown or fitting[:1]]
-    return '\n'.join([f'{head}, the fastest first:', *lines])
+    n = sum(o.fits for o in self.plans)
+    head = f'{n} of {len(self.plans)} plans fit {_size_text(self.budget)}'
+    if not n: return f'{head}. The one that needs the least is {self.least}{self.note}'
+    def line(i, o): return f'{i:4} {_levels[o.level]}{f" ({o.changes})" if o.changes else ""}: {o}'
+    lines = [line(i, o) for i,o in self._worth_it().items()]
+    return '\n'.join([f'{head}. By their rows in df, the fastest of each kind:', *lines,
+                      f'apply(learn) sets up row 0, plans[i].apply(learn) another.{self.note}'])
 
+# %% ../../nbs/paddy_multi/accumulate/17_training_plan.ipynb #t24
 @patch
 def apply(self:TrainingPlans,
     learn, # The learner that was planned for, or one like it
@@ -118,3 +139,11 @@ def apply(self:TrainingPlans,
     if self.best: return self.best.apply(learn)
     raise ValueError(f'no plan fits {_size_text(self.budget)}: the one that needs the least is {self.least}. '
                      'Expected a larger budget, a smaller model or smaller pictures')
+
+# %% ../../nbs/paddy_multi/accumulate/17_training_plan.ipynb #t27
+@patch
+def __getitem__(self:TrainingPlans,
+    i:int, # Row in `df`
+)->TrainingPlan:
+    "A plan, by its place"
+    return self.plans[i]
