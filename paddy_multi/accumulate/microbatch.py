@@ -61,7 +61,7 @@ def before_fit(self:MicroBatch):
     if self.learn.lock.locked(): return  # validation, which never unlocks the learner after an error here
     check_learner(self.learn, self)
     if self.whole_head: body_and_head(self.model)
-    self._batches,self._reach,self._warned,self._mixes = 0,Reach(),False,None
+    self._batches,self._due,self._reach,self._warned,self._mixes = 0,1,Reach(),False,None
 
 # %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #n018
 @patch
@@ -93,6 +93,15 @@ def _output(self:MicroBatch, rows, items):
 
 # %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #n021
 @patch
+def _looks_at_loss(self:MicroBatch, known):
+    "Is this batch one that the loss is checked on?"
+    grows,self._batches = not known and self._reach.grows(self.learn.yb),self._batches+1
+    due = self._batches == self._due
+    if due: self._due = 2*self._due+99
+    return due and (not known or self._batches == 1) or grows
+
+# %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #k003
+@patch
 def _train_chunk(self:MicroBatch, rows, items, part):
     "Forward and backward of the `items` that the learner shows; gives their part of the batch's loss"
     self._shown = items.stop-items.start
@@ -104,12 +113,6 @@ def _train_chunk(self:MicroBatch, rows, items, part):
     self.backward(share, own=self._reused)
     learn.loss,learn.loss_grad = learn.loss.detach(),None  # without the graph
     return learn.loss*share
-
-@patch
-def _looks_at_loss(self:MicroBatch, known):
-    "Is this batch one that the loss is checked on?"
-    new,self._batches = known or self._reach.grows(self.learn.yb),self._batches+1
-    return self._batches == 1 or not known and (new or self._batches%50 == 1)
 
 @patch
 def _run_chunks(self:MicroBatch):
