@@ -382,6 +382,7 @@ def test_settings_are_checked_before_any_process_starts(kwargs, error, text, mon
 
 
 # --- budgets --------------------------------------------------------------------------------------------------------
+@pytest.mark.usefixtures('on_cpu')
 def test_the_budget_is_kept_to_the_byte_with_the_reserve():
     learn = from_a_notebook()()
     need = int(predict_memory(learn, [4]).total[4])
@@ -391,6 +392,7 @@ def test_the_budget_is_kept_to_the_byte_with_the_reserve():
     assert find_accumulation(learn, need, reserve=0).accum == 4
 
 
+@pytest.mark.usefixtures('on_cpu')
 def test_what_was_found_is_what_microbatch_runs():
     learn = from_a_notebook()()
     found, sizes = find_accumulation(learn, int(predict_memory(learn, [3]).total[3]), reserve=0), []

@@ -593,7 +593,7 @@ def formed(form, loss, batch, n_inp=1, kwargs={}):
     def ours(bs):
         learn = learner(X, Y, model=Form(form), loss=loss, cbs=MicroBatch(bs, **kwargs))
         learn.dls = DataLoaders([batch]*3, [])
-        learn.dls.n_inp = n_inp
+        learn.dls.n_inp, learn.dls._device = n_inp, torch.device('cpu')  # where these batches are
         return quiet(learn).model
     def plain():
         model = Form(form)
