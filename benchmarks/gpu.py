@@ -6,7 +6,9 @@ runs: small models on the CPU, where nothing is measured but that the script wor
 """
 import argparse
 import gc
+import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -27,7 +29,7 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam, OptimWrapper, SGD
-from harness import QUICK, RESULTS, Case, about, digits, failures, measure, save
+from harness import QUICK, RESULTS, Case, about, digits, dumps, failures, measure, save
 from multi_target import WIDTH, all_by_hand, batch, declared
 from sliced import loss_by_hand, seen
 from torch import nn
@@ -379,6 +381,38 @@ def speed_cases(quick):
     return [*(step(*o) for o in steps), *(targets('loss', loss_runs, n) for n in counts),
             *(targets('metrics and losses', metric_runs, n) for n in counts), whole]
 
+# --- what was imported ------------------------------------------------------------------------------------------------
+IMPORTED = GPU/'imported_h200.json'
+
+def options(text):
+    "Arguments of a model, as 'attn_drop_rate=0.1' says them"
+    return {k: float(v) for k, v in (o.split('=') for o in text.split(',') if o)}
+
+def predict_now(rows, log=print):
+    "Today's prediction of allocated and reserved memory for each of `rows`, in place; runs without a GPU"
+    def learner(o):
+        return tuple(o[k] for k in ('arch', 'size', 'bs', 'precision', 'optimizer', 'options'))
+    for key in dict.fromkeys(map(learner, rows)):
+        same, (*args, text) = [o for o in rows if learner(o) == key], key
+        found = predict_memory(classifier(*args, **options(text)), [o['accum'] for o in same], valid=False)
+        for o in same:
+            now = found.loc[o['accum']]
+            o['predicted_now'], o['reserved_now'] = int(now.total+now.workspace), int(now.reserved)
+        log(f'   {same[-1]}', flush=True)
+
+def row_a_line(result):
+    "JSON as imported results keep it"
+    return re.sub(r'(?<=\n  )\{[^{}]*\}', lambda o: '{'+' '.join(o[0][1:-1].split())+'}', dumps(result))
+
+def predict_imported():
+    "Put today's predictions beside what an earlier version measured on a GPU, and say which version made them"
+    result = json.loads(IMPORTED.read_text())
+    predict_now(result['memory'])
+    today = about('gpu', None, 1, 'processor', False)
+    result['about']['predicted_now'] = dict(versions=today['versions'], date=today['date'],
+                                            command='python benchmarks/gpu.py --imported')
+    IMPORTED.write_text(row_a_line(result), encoding='utf-8')
+
 # --- keeping it -----------------------------------------------------------------------------------------------------
 TABLES = dict(memory=memory, dense=dense, validation=validation, large=large, after_oom=after_oom, precision=precision,
               loss_launches=loss_launches)
@@ -416,7 +450,9 @@ def main(argv=None):
     p.add_argument('sections', nargs='*', help=f'one or more of: {", ".join(SECTIONS)}; none runs all')
     p.add_argument('--quick', action='store_true', help='small models, on the CPU where there is no GPU')
     p.add_argument('--out', type=Path, help='folder for the JSON; otherwise benchmarks/results/gpu')
+    p.add_argument('--imported', action='store_true', help="predict what was imported anew; runs without a GPU")
     args = p.parse_args(argv)
+    if args.imported: return predict_imported()
     if unknown := [o for o in args.sections if o not in SECTIONS]:
         p.error(f'expected sections of {list(SECTIONS)}, found {unknown}')
     if not (on_gpu() or args.quick):

@@ -182,6 +182,20 @@ def worst_predicted(rows, n=8):
     def off(o): return abs(predicted_bytes(o)-o['measured'])
     return sorted([o for o in rows if o.get('measured')], key=off, reverse=True)[:n]
 
+def predicted_now(result):
+    "Rows that an earlier version measured, with the predictions of the version that `about` names"
+    return [{**o, 'predicted': o['predicted_now']} for o in result['memory']]
+
+def deviations(result):
+    "How far the predictions of the version that measured, and of a later one, are from what was allocated"
+    def row(versions, rows):
+        off = sorted(abs(predicted_bytes(o)/o['measured']-1) for o in rows)
+        return {'version': versions['paddy-multi'], 'torch': versions['torch'], 'rows': len(off),
+                'median, %': round(100*off[len(off)//2], 1), 'worst, %': round(100*off[-1], 1)}
+    about = result['about']
+    return frame([row(about['versions'], result['memory']),
+                  row(about['predicted_now']['versions'], predicted_now(result))], 'version')
+
 def plot_gpu_memory(rows, n=8):
     "Predicted over allocated memory of every row; the models of the `n` that stray most are named"
     def at(o): return o['measured']/1e9, predicted_bytes(o)/o['measured']
