@@ -34,6 +34,7 @@ from paddy_multi.train.learner import MultiTargetLearner, multi_target_learner
 
 warnings.filterwarnings('ignore', message='.*(torch.jit.script|CUDA is not available).*')
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures('on_cpu')
 
 
 # --- learners -------------------------------------------------------------------------------------------------------
@@ -117,6 +118,8 @@ def collab():
 
 
 def traced(learn, device='cuda', trainable='all', **kw):
+    if device == 'cuda' and torch._C._get_accelerator().type not in ('cpu', 'cuda'):
+        pytest.skip('kernels of CUDA are traced where PyTorch knows no other accelerator')
     return TracedStep(learn, one_item(learn)[0], device, trainable, **kw)
 
 

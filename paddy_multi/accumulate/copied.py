@@ -126,6 +126,11 @@ def kept_attributes(objects):
             vars(o).update(attributes)
 
 # %% ../../nbs/paddy_multi/accumulate/07_copied.ipynb #n029
+def _has_cuda():
+    "Was PyTorch built with CUDA, and is its accelerator no other?"
+    other = torch._C._get_accelerator().type not in ('cpu', 'cuda')
+    return torch.backends.cuda.is_built() and not other
+
 class FakeLearner:
     "A learner's copy on fake tensors, and what it runs in"
     def __init__(self,
@@ -134,8 +139,7 @@ class FakeLearner:
         count, # A mode that sees every operation
         sm:int=90, # Compute capability of the card, 10 times
     ):
-        without_cuda = device == 'cuda' and not torch.backends.cuda.is_built()
-        self.kernels = 'formula' if without_cuda else device
+        self.kernels = 'formula' if device == 'cuda' and not _has_cuda() else device
         self.device = 'cuda' if self.kernels == 'cuda' else 'cpu'
         self.fake,self.count,self.sm = FakeTensorMode(allow_non_fake_inputs=True),count,sm
         self.answers = Answers(self.fake, self.device)
