@@ -61,7 +61,6 @@ class Trials:
         for m in self.model.modules():
             if isinstance(m, _BatchNorm) or 'drop' in type(m).__name__.lower(): m.training = False
         with torch.no_grad(), _eager('force_eager'), torch.autocast('cuda', enabled=False): return self.model(*xb)
-
     def __enter__(self): return self
     def __exit__(self, *args): self.restore()
 
@@ -78,7 +77,7 @@ def are_same(
 
 def _near(tol, a, b):
     if not tol or not b.is_floating_point() or not b.numel(): return torch.equal(a, b)
-    a,b = a.double().nan_to_num(),b.double().nan_to_num()
+    a,b = (o.double().nan_to_num() for o in (a, b))
     return bool((a-b).abs().max() <= tol*b.abs().max())
 
 # %% ../../nbs/paddy_multi/accumulate/03_coupling.ipynb #n014
@@ -100,8 +99,7 @@ def watch_state(
 def _values(model, buffers):
     return {k: copied(d[a], 'cpu') for k,(d,a) in places_of_state(model, buffers).items()}
 
-def _keepers(model):
-    "Modules that keep hidden state by row, as those of fastai's language models"
+def _keepers(model):  # Modules that keep hidden state by row, as those of fastai's language models
     return [(o, m) for o,m in model.named_modules() if all(hasattr(m, k) for k in ('hidden', 'bs', '_change_hidden'))]
 
 # %% ../../nbs/paddy_multi/accumulate/03_coupling.ipynb #n015
@@ -144,8 +142,7 @@ def mixing_layers(
     kinds = {type(m) for m in known if not isinstance(m, _BatchNorm)}
     return [f'{name or "model"} ({type(m).__name__})' for name,m in model.named_modules() if type(m) in kinds]
 
-def _two_batches(xb, n, rows):
-    "The first item with copies of the second, and with others; None if there are no others"
+def _two_batches(xb, n, rows):  # The first item with copies of the second, and with others; None if there are no others
     if n < 3: return None
     others = [1]*(rows-1),[2 + i%(n-2) for i in range(rows-1)]
     one,two = (cut(xb, torch.tensor([0, *o]), n) for o in others)
@@ -175,9 +172,7 @@ def _watched_run(trials, xb, rows):
     return calls
 
 def _sums(t): return torch.stack([t.double().sum(), t.double().square().sum()])
-
-def _some(t):
-    "At most 1024 numbers of `t`, from all over it"
+def _some(t):  # At most 1024 numbers of `t`, from all over it
     t,n = t.detach().reshape(-1),t.numel()
     return t.clone() if n <= 1024 else t[torch.arange(1024, device=t.device)*1_000_003 % n]
 
@@ -226,16 +221,13 @@ class RowsOfState:
             if m.bs != n: m._change_hidden(n)  # as it would for the whole batch
         self.n,self.start,self.kept = n,[m.hidden for m in self.modules],[[] for _ in self.modules]
 
-    def show(self, items:slice):
-        "Give the model the rows of `items`, before it runs them"
+    def show(self, items:slice):  # Give the model the rows of `items`, before it runs them
         for m,start in zip(self.modules, self.start): m.hidden,m.bs = _rows_of(start, items),items.stop-items.start
 
-    def keep(self, items:slice):
-        "Take the rows of `items` that the model has left"
+    def keep(self, items:slice):  # Take the rows of `items` that the model has left
         for m,kept in zip(self.modules, self.kept): kept.append((m.hidden, m.bs, items.stop-items.start))
 
-    def whole(self):
-        "Leave the rows of all items in the model; those of before if not all chunks were run"
+    def whole(self):  # Leave the rows of all items in the model; those of before if not all chunks were run
         for m,start,kept in zip(self.modules, self.start, self.kept):
             if any(bs != n for _,bs,n in kept): continue  # it begins anew in every forward pass, with rows of its own
             done = sum(bs for _,bs,_ in kept) == self.n

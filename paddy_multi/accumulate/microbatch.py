@@ -65,8 +65,7 @@ def before_fit(self:MicroBatch):
 
 # %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #n018
 @patch
-def _chunks(self:MicroBatch):
-    "A slice for each chunk of the batch, and the number of items in each"
+def _chunks(self:MicroBatch):  # A slice for each chunk of the batch, and the number of items in each
     chunks = (equal_chunks if is_compiled(self.model) else even_chunks)(self._n, self.bs)
     sizes = [o.stop-o.start for o in chunks]
     if self.training and self._n > 1 and 1 in sizes and any(cb.beta for cb in self.learn._grab_cbs(RNNRegularizer)):
@@ -76,15 +75,13 @@ def _chunks(self:MicroBatch):
 
 @patch
 @contextmanager
-def _rows(self:MicroBatch):
-    "Gives each chunk the rows of hidden state that are its own"
+def _rows(self:MicroBatch):  # Gives each chunk the rows of hidden state that are its own
     rows = rows_of_state(self.model, self._n)
     try: yield rows
     finally: rows.whole()
 
 @patch
-def _output(self:MicroBatch, rows, items):
-    "Output of the model for the `items` that the learner shows"
+def _output(self:MicroBatch, rows, items):  # Output of the model for the `items` that the learner shows
     if self._reused: torch.compiler.cudagraph_mark_step_begin()
     rows.show(items)
     out = self.model(*self.learn.xb)
@@ -93,8 +90,7 @@ def _output(self:MicroBatch, rows, items):
 
 # %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #n021
 @patch
-def _looks_at_loss(self:MicroBatch, known):
-    "Is this batch one that the loss is checked on?"
+def _looks_at_loss(self:MicroBatch, known):  # Is this batch one that the loss is checked on?
     grows,self._batches = not known and self._reach.grows(self.learn.yb),self._batches+1
     due = self._batches == self._due
     if due: self._due = 2*self._due+99
@@ -168,8 +164,7 @@ def _run_whole_head(self:MicroBatch):
 
 # %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #n032
 @patch
-def _run_valid(self:MicroBatch):
-    "Output of every chunk, and the loss of the whole batch if it has targets"
+def _run_valid(self:MicroBatch):  # Output of every chunk, and the loss of the whole batch if it has targets
     learn,xb,yb = self.learn,self.learn.xb,self.learn.yb
     try: outs,sizes = self._outputs(xb, yb)
     finally: learn.xb,learn.yb = xb,yb
@@ -181,8 +176,7 @@ def _run_valid(self:MicroBatch):
     learn('after_loss')
 
 @patch
-def _outputs(self:MicroBatch, xb, yb):
-    "Outputs of the chunks and their sizes; a single one under a whole head"
+def _outputs(self:MicroBatch, xb, yb):  # Outputs of the chunks and their sizes; a single one under a whole head
     if self.whole_head and self._n > self.bs:
         body,head = body_and_head(self.model)
         feats,_ = features_in_chunks(body, one_input(xb, self.bs), even_chunks(self._n, self.bs), again=False)
@@ -196,8 +190,7 @@ def _outputs(self:MicroBatch, xb, yb):
 
 # %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #n035
 @patch
-def _fits(self:MicroBatch, run):
-    "Whether `run` had enough memory; if not, nothing is left of it"
+def _fits(self:MicroBatch, run):  # Whether `run` had enough memory; if not, nothing is left of it
     buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()] if self.auto else []
     self.forget()
     try:
@@ -245,8 +238,7 @@ def _mixes_in_valid(self:MicroBatch):
     return self._mixes
 
 @patch
-def _train(self:MicroBatch):
-    "Gradient of the batch, then the step"
+def _train(self:MicroBatch):  # Gradient of the batch, then the step
     run = self._run_whole_head if self.whole_head and self._n > self.bs else self._run_chunks
     with self._warning(): self._until_it_fits(run)
     try: self.backward_done()
