@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from paddy_multi.cli.app import app
 
-SMALL = '--arch', 'test_vit', '--size', '160', '--bs', '4'
+SMALL = '--arch', 'test_resnet', '--size', '64', '--bs', '4'
 
 
 def run(out, *args): return CliRunner().invoke(app, ['accum', '--out', str(out), *args])
@@ -20,7 +20,7 @@ def kept(out, *args):
 
 def test_all_that_is_printed_is_kept(tmp_path):
     found, said = kept(tmp_path, '--budget', '200MB', '--n-out', '3')
-    assert found['settings'] == dict(arch='test_vit', size='160', bs=4, n_out=3, optimizer='adam', precision='fp16',
+    assert found['settings'] == dict(arch='test_resnet', size='64', bs=4, n_out=3, optimizer='adam', precision='fp16',
                                      frozen=False, budget='200MB', reserve=None)
     assert [o['accum'] for o in found['bytes']] == [1, 2, 4] and found['found']['budget'] == 200*10**6
     assert {'workspace', 'reserved', 'total'} <= set(found['bytes'][0]) and found['kernels'] in ('cuda', 'formula')
@@ -29,12 +29,14 @@ def test_all_that_is_printed_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize('options, precision', [
-    ((), 'fp16'), (('--fp16',), 'fp16'), (('--fp32',), 'fp32'), (('--bf16',), 'bf16')])
+    pytest.param(('--fp16',), 'fp16', marks=pytest.mark.slow), pytest.param(('--fp32',), 'fp32', marks=pytest.mark.slow),
+    (('--bf16',), 'bf16')])
 def test_precisions(tmp_path, options, precision):
     found, said = kept(tmp_path, *options)
     assert found['settings']['precision'] == precision and f'adam, {precision}' in said
 
 
+@pytest.mark.slow
 def test_options_change_what_is_predicted(tmp_path):
     def total(*args): return kept(tmp_path, *args)[0]['bytes'][0]['total']
     adam, sgd, momentum, frozen = total(), total('--opt', 'sgd'), total('--optimizer', 'momentum'), total('--frozen')
@@ -44,7 +46,17 @@ def test_options_change_what_is_predicted(tmp_path):
 
 def test_nothing_in_reserve(tmp_path):
     assert kept(tmp_path, '--reserve', '0')[0]['found']['reserve'] == 0
+
+
+@pytest.mark.slow
+def test_a_reserve_of_a_size(tmp_path):
     assert kept(tmp_path, '--reserve', '1GB')[0]['found']['reserve'] == 10**9
+
+
+def test_plans_are_printed_and_kept(tmp_path):
+    found, said = kept(tmp_path, '--plan', '--frozen', '--budget', '100MB')
+    assert found['settings']['frozen'] and len(found['plans']) > 1
+    assert said.count('accum') > 2
 
 
 @pytest.mark.parametrize('options, said, code', [

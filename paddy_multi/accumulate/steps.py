@@ -14,9 +14,10 @@ from types import SimpleNamespace
 import torch
 from fastcore.basics import patch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
+from .chunks import learner_chunk_loss
 from .outputs import keeps_outputs
 from .tracing import ItemSpec, TracedStep, one_item
 from .whole_head import body_and_head
@@ -114,11 +115,11 @@ def _validating(self:StepMemory, m):
     "The moment when a chunk of `m` items for validation takes most, or a whole batch without `MicroBatch`"
     step,n = self.step,self.valid_n
     chunk = n if m == self.n else min(m, n)
-    run,whole = self._validated(chunk),self._validated(n) if self.valid_keeps else None
-    outputs = run.outputs*n if self.valid_keeps or chunk == n else 0
-    parts = outputs if chunk < n else 0
-    most = [outputs+run.model+max(parts-run.outputs*chunk, 0), run.loss]  # with the outputs of the batch before
-    if parts: most = [most[0], 3*outputs, parts+whole.loss]
+    run = self._validated(chunk)
+    outputs = run.outputs*n if self.valid_keeps else 0
+    if m == self.n: most = run.model+run.outputs*n,run.loss  # with the outputs of the batch before
+    elif chunk == n or not outputs: most = run.model,run.loss
+    else: most = run.model+outputs-run.outputs*chunk,2*outputs,outputs+self._validated(n).loss
     return dict(gradients=step.gradients if step.keeps_gradients else 0, inputs=_batch_bytes(step.item, n),
                 activations=0, temporaries=max(most))
 
@@ -147,8 +148,15 @@ def moment(self:StepMemory,
 @patch
 def _moments(self:StepMemory, m):
     res = dict(training=self._training(m), update=self._updating(m))
-    if self.valid_n: res['validation'] = self._validating(m)
+    if self.valid_n: res['validation'] = self._validating(self._validates_in(m, max(map(_sum, res.values()))))
     return res
+
+@patch
+def _validates_in(self:StepMemory, m, enough):
+    "`m` items, or the whole batch where that takes less than `enough`, so that no chunk need be traced"
+    whole = self._validating(self.n)
+    kept = 3*self._validated(self.valid_n).outputs*self.valid_n if self.valid_keeps else 0
+    return self.n if _sum(whole)+kept < enough else m
 
 @patch
 def at(self:StepMemory,
@@ -219,6 +227,13 @@ def _valid_items(learn):
     if not len(dl): return 0
     return getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or one_item(learn)[1]
 
+def _is_summed(learn, item):
+    "Is the loss known to be the sum of its chunks' parts? Asked with two items"
+    def made(o): return torch.zeros(2, *o.shape, dtype=o.dtype) if isinstance(o, ItemSpec) else o
+    yb = tree_map(made, item[1], is_leaf=lambda o: isinstance(o, ItemSpec))
+    asked = SimpleNamespace(loss_func=learn.loss_func, cbs=[], xb=(), yb=yb)
+    return learner_chunk_loss(asked, count=lambda *targs: 2)[1]
+
 def _check_settings(learn, device, trainable):
     if device not in ('cuda', 'cpu'): raise ValueError(f"expected device 'cuda' or 'cpu', found {device!r}")
     if trainable not in ('all', 'as is', 'head'):
@@ -238,7 +253,8 @@ def step_memory(
     _check_settings(learn, device, trainable)
     item,n = one_item(learn)
     with _needs_no_numbers(learn.model): step = TracedStep(learn, item, device, trainable, **how)
+    keeps = keeps_outputs(learn)
     return StepMemory(
-        step, n, device, valid_n=_valid_items(learn) if valid else 0, keeps=keeps_outputs(learn),
-        valid_keeps=True, head=WholeHead(step.model) if whole_head else None,
+        step, n, device, valid_n=_valid_items(learn) if valid else 0, keeps=keeps,
+        valid_keeps=keeps or len(learn.metrics) > 0 or not _is_summed(learn, item), head=WholeHead(step.model) if whole_head else None,
         state=step.state, update=step.update)
