@@ -29,7 +29,8 @@ def test_all_that_is_printed_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize('options, precision', [
-    pytest.param(('--fp16',), 'fp16', marks=pytest.mark.slow), pytest.param(('--fp32',), 'fp32', marks=pytest.mark.slow),
+    pytest.param(('--fp16',), 'fp16', marks=pytest.mark.slow),
+    pytest.param(('--fp32',), 'fp32', marks=pytest.mark.slow),
     (('--bf16',), 'bf16')])
 def test_precisions(tmp_path, options, precision):
     found, said = kept(tmp_path, *options)

@@ -148,7 +148,8 @@ def moment(self:StepMemory,
 @patch
 def _moments(self:StepMemory, m):
     res = dict(training=self._training(m), update=self._updating(m))
-    if self.valid_n: res['validation'] = self._validating(self._validates_in(m, max(map(_sum, res.values()))))
+    enough = max(map(_sum, res.values()))
+    if self.valid_n: res['validation'] = self._validating(self._validates_in(m, enough))
     return res
 
 @patch
@@ -256,5 +257,5 @@ def step_memory(
     keeps = keeps_outputs(learn)
     return StepMemory(
         step, n, device, valid_n=_valid_items(learn) if valid else 0, keeps=keeps,
-        valid_keeps=keeps or len(learn.metrics) > 0 or not _is_summed(learn, item), head=WholeHead(step.model) if whole_head else None,
-        state=step.state, update=step.update)
+        valid_keeps=keeps or len(learn.metrics) > 0 or not _is_summed(learn, item),
+        head=WholeHead(step.model) if whole_head else None, state=step.state, update=step.update)
