@@ -70,9 +70,7 @@ def _validated(self:StepMemory, m):
         ends.append(step.count.peak-step.base)
         step.count.peak = step.count.live
     if key not in self.runs:
-        hook = step.model.register_forward_hook(through)
-        with _needs_no_numbers(step.model): peak = step.validate(m)
-        hook.remove()
+        with step.model.register_forward_hook(through), _needs_no_numbers(step.model): peak = step.validate(m)
         self.runs[key] = SimpleNamespace(model=ends[0], loss=peak-step.base, outputs=step.outputs/m)
     return self.runs[key]
 
@@ -88,10 +86,10 @@ def _batch_bytes(item, n):
 @patch
 def _training(self:StepMemory, m):
     "The moment when a chunk of `m` items takes most"
-    whole,step,run = m == self.n,self.step,self._traced(m)
+    step,run = self.step,self._traced(m)
     moment = dict(gradients=step.gradients, inputs=_batch_bytes(step.item, self.n)+run.made*self.n,
                   activations=run.forward, temporaries=run.over-run.forward+self._kept(run)*(self.n-run.items))
-    if whole and not step.keeps_gradients:
+    if m == self.n and not step.keeps_gradients:
         moment['gradients'] = min(step.gradients, moment['temporaries'])
         moment['temporaries'] -= moment['gradients']
     joined = {**moment, 'activations': 0, 'temporaries': 2*self._kept(run)*self.n}
@@ -148,16 +146,14 @@ def moment(self:StepMemory,
 @patch
 def _moments(self:StepMemory, m):
     res = dict(training=self._training(m), update=self._updating(m))
-    enough = max(map(_sum, res.values()))
-    if self.valid_n: res['validation'] = self._validating(self._validates_in(m, enough))
+    if self.valid_n: res['validation'] = self._validating(self._validates_in(m, max(map(_sum, res.values()))))
     return res
 
 @patch
 def _validates_in(self:StepMemory, m, enough):
     "`m` items, or the whole batch where that takes less than `enough`, so that no chunk need be traced"
-    whole = self._validating(self.n)
     kept = 3*self._validated(self.valid_n).outputs*self.valid_n if self.valid_keeps else 0
-    return self.n if _sum(whole)+kept < enough else m
+    return self.n if _sum(self._validating(self.n))+kept < enough else m
 
 @patch
 def at(self:StepMemory,
@@ -197,18 +193,12 @@ def by_module(self:StepMemory,
 # %% ../../nbs/paddy_multi/accumulate/09_steps.ipynb #n023
 class WholeHead:
     "The forward pass of a `model` whose body runs a chunk at a time, and its head all items"
-    def __init__(self,
-        model:nn.Module, # As `vision_learner` makes it: a `Sequential`
-    ):
+    def __init__(self, model):
         self.model,self.m = model,None
         body_and_head(model)  # any other is refused
         model.forward = self
 
-    def set_chunk(self,
-        m:int, # Items of a chunk
-        n:int, # Items in a batch
-    )->int: # Items to run
-        "A batch in one piece runs as ever"
+    def set_chunk(self, m, n):  # items of a chunk and of a batch; gives those to run, a batch in one piece as ever
         self.m = m if m < n else None
         return n
 
@@ -254,8 +244,7 @@ def step_memory(
     _check_settings(learn, device, trainable)
     item,n = one_item(learn)
     with _needs_no_numbers(learn.model): step = TracedStep(learn, item, device, trainable, **how)
-    keeps = keeps_outputs(learn)
+    keeps,valid_n = keeps_outputs(learn),_valid_items(learn) if valid else 0
     return StepMemory(
-        step, n, device, valid_n=_valid_items(learn) if valid else 0, keeps=keeps,
-        valid_keeps=keeps or len(learn.metrics) > 0 or not _is_summed(learn, item),
+        step, n, device, valid_n, keeps, valid_keeps=keeps or len(learn.metrics) > 0 or not _is_summed(learn, item),
         head=WholeHead(step.model) if whole_head else None, state=step.state, update=step.update)
