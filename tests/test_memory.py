@@ -290,12 +290,7 @@ FITS = {
 }
 
 
-# validation sums the loss of chunks whose outputs nobody reads, once MicroBatch does
-FIT_MARKS = {'every pixel': pytest.mark.xfail(reason='validation keeps all outputs', strict=False),
-             'every pixel, read by a metric': ()}
-
-
-@pytest.mark.parametrize('name', [pytest.param(o, marks=FIT_MARKS.get(o, slow)) for o in FITS])
+@pytest.mark.parametrize('name', [pytest.param(o, marks=() if o.startswith('every pixel') else slow) for o in FITS])
 def test_a_budget_holds_through_a_fit_with_validation(name):
     make = FITS[name]
     table = predict_memory(make(), (1, 2, 16), device='cpu')
@@ -309,7 +304,7 @@ def test_a_budget_holds_through_a_fit_with_validation(name):
 
 
 def test_batches_for_validation_are_part_of_the_prediction():
-    def make(): return valid_of(timm_learner('test_resnet', 64, 8, SGD), 256)
+    def make(): return valid_of(timm_learner('resnet10t', 64, 8, SGD), 256)
     with_valid, without = (predict_memory(make(), [1, 8], device='cpu', valid=o) for o in (True, False))
     assert with_valid.attrs['moments'] == {1: 'validation', 8: 'validation'}
     assert with_valid.total[1] > with_valid.total[8] > without.total[8]

@@ -14,10 +14,9 @@ from types import SimpleNamespace
 import torch
 from fastcore.basics import patch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from .chunks import learner_chunk_loss
 from .outputs import keeps_outputs
 from .tracing import ItemSpec, TracedStep, one_item
 from .whole_head import body_and_head
@@ -117,7 +116,7 @@ def _validating(self:StepMemory, m):
     outputs = run.outputs*n if self.valid_keeps else 0
     if m == self.n: most = run.model+run.outputs*n,run.loss  # with the outputs of the batch before
     elif chunk == n or not outputs: most = run.model,run.loss
-    else: most = run.model+outputs-run.outputs*chunk,2*outputs,outputs+self._validated(n).loss
+    else: most = run.model+outputs-run.outputs*chunk,2*outputs,self._validated(n).loss
     return dict(gradients=step.gradients if step.keeps_gradients else 0, inputs=_batch_bytes(step.item, n),
                 activations=0, temporaries=max(most))
 
@@ -218,13 +217,6 @@ def _valid_items(learn):
     if not len(dl): return 0
     return getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or one_item(learn)[1]
 
-def _is_summed(learn, item):
-    "Is the loss known to be the sum of its chunks' parts? Asked with two items"
-    def made(o): return torch.zeros(2, *o.shape, dtype=o.dtype) if isinstance(o, ItemSpec) else o
-    yb = tree_map(made, item[1], is_leaf=lambda o: isinstance(o, ItemSpec))
-    asked = SimpleNamespace(loss_func=learn.loss_func, cbs=[], xb=(), yb=yb)
-    return learner_chunk_loss(asked, count=lambda *targs: 2)[1]
-
 def _check_settings(learn, device, trainable):
     if device not in ('cuda', 'cpu'): raise ValueError(f"expected device 'cuda' or 'cpu', found {device!r}")
     if trainable not in ('all', 'as is', 'head'):
@@ -246,5 +238,5 @@ def step_memory(
     with _needs_no_numbers(learn.model): step = TracedStep(learn, item, device, trainable, **how)
     keeps,valid_n = keeps_outputs(learn),_valid_items(learn) if valid else 0
     return StepMemory(
-        step, n, device, valid_n, keeps, valid_keeps=keeps or len(learn.metrics) > 0 or not _is_summed(learn, item),
+        step, n, device, valid_n, keeps, valid_keeps=keeps or len(learn.metrics) > 0 or whole_head,
         head=WholeHead(step.model) if whole_head else None, state=step.state, update=step.update)
