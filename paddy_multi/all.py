@@ -30,7 +30,9 @@ from .data.loaders import *
 from .accumulate.chunks import *
 from .accumulate.batches import *
 from .accumulate.loss_check import *
+from .accumulate.trials import *
 from .accumulate.coupling import *
+from .accumulate.halving import *
 from .accumulate.outputs import *
 from .accumulate.passes import *
 from .accumulate.whole_head import *

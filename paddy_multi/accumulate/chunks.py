@@ -201,7 +201,8 @@ def learner_chunk_loss(
     if count is None:
         with_inputs = item_counter(*learn.yb, learn.xb)
         def count(*targs): return with_inputs(*targs, learn.xb)
-    mix = next((cb for cb in learn.cbs if isinstance(cb, MixHandler) and cb.stack_y), None)
+    mixes = getattr(learn, 'training', True)  # fastai mixes no batch of validation
+    mix = next((cb for cb in learn.cbs if mixes and isinstance(cb, MixHandler) and cb.stack_y), None)
     if mix is not None: return _mixed(mix, learn.yb, count), True
     return chunk_loss(learn.loss_func, *learn.yb, count=count), _adds_up(learn.loss_func)
 

@@ -6,7 +6,6 @@
 __all__ = ['MicroBatch']
 
 # %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #n003
-import gc
 import math
 from contextlib import contextmanager, nullcontext
 from warnings import warn
@@ -14,21 +13,20 @@ from warnings import warn
 import torch
 from fastai.callback.core import CancelBatchException, CancelStepException
 from fastai.callback.rnn import RNNRegularizer
-from fastai.torch_core import get_random_states, set_random_states
 from fastcore.basics import patch
 
-from .batches import (batch_size, check_learner, even_chunks, is_out_of_memory, joined,
-                                            show_items, whole_again)
+from .batches import (batch_size, check_learner, even_chunks, joined, show_items,
+                                            whole_again)
 from .chunks import learner_chunk_loss
 from .coupling import mixing_layers, rows_of_state
+from .halving import Halving
 from .outputs import (FewItems, NotKept, Reach, detached, equal_chunks, is_compiled,
                                             keeps_outputs, reuses_memory)
-from .passes import Passes, warns_of_mixing
+from .passes import warns_of_mixing
 from .whole_head import backward_in_chunks, body_and_head, features_in_chunks, one_input
-from ..core.tensors import restore_buffers
 
 # %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #n012
-class MicroBatch(Passes):
+class MicroBatch(Halving):
     "Run every batch `bs` items at a time, and update once, as the whole batch would"
     order,reads_outputs = math.inf,False  # after all that prepare the batch
     _mixes = None
@@ -38,7 +36,7 @@ class MicroBatch(Passes):
         auto:bool=False, # When memory runs out, halve `bs` and do the batch again?
         valid:bool=True, # Run the batches of validation and of predictions in chunks too?
         split=None, # Function of `(xb, yb, items)` that gives `(xb, yb)` of `items`, a slice, for batches of any form
-        keep:bool=None, # Keep the output of a training batch? By itself, where a metric or a callback reads it
+        keep:bool=None, # Keep the output of a batch? By itself, where a metric or a callback reads it
     ):
         if isinstance(bs, bool) or not isinstance(bs, int) or bs < 1:
             raise ValueError(f'bs is the number of items that are run at a time, a positive int; found {bs!r}')
@@ -66,17 +64,17 @@ def before_fit(self:MicroBatch):
 # %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #n018
 @patch
 def _chunks(self:MicroBatch):  # A slice for each chunk of the batch, and the number of items in each
-    chunks = (equal_chunks if is_compiled(self.model) else even_chunks)(self._n, self.bs)
+    chunks = (equal_chunks if is_compiled(self.model) else even_chunks)(self.n, self.bs)
     sizes = [o.stop-o.start for o in chunks]
-    if self.training and self._n > 1 and 1 in sizes and any(cb.beta for cb in self.learn._grab_cbs(RNNRegularizer)):
+    if self.training and self.n > 1 and 1 in sizes and any(cb.beta for cb in self.learn._grab_cbs(RNNRegularizer)):
         raise ValueError('RNNRegularizer leaves out a chunk of one text, though not a batch of several: '
-                         f'use MicroBatch(3) or more, found {self.bs} for a batch of {self._n}')
+                         f'use MicroBatch(3) or more, found {self.bs} for a batch of {self.n}')
     return chunks, sizes
 
 @patch
 @contextmanager
 def _rows(self:MicroBatch):  # Gives each chunk the rows of hidden state that are its own
-    rows = rows_of_state(self.model, self._n)
+    rows = rows_of_state(self.model, self.n)
     try: yield rows
     finally: rows.whole()
 
@@ -101,7 +99,7 @@ def _looks_at_loss(self:MicroBatch, known):  # Is this batch one that the loss i
 def _train_chunk(self:MicroBatch, rows, items, part):
     "Forward and backward of the `items` that the learner shows; gives their part of the batch's loss"
     self._shown = items.stop-items.start
-    learn,share = self.learn,self._shown/self._n
+    learn,share = self.learn,self._shown/self.n
     self.enter_autocast()
     learn.pred = self._output(rows, items)
     learn('after_pred')
@@ -113,12 +111,12 @@ def _train_chunk(self:MicroBatch, rows, items, part):
 @patch
 def _run_chunks(self:MicroBatch):
     "Forward and backward of every chunk; leaves the loss and the output of the whole batch in the learner"
-    learn,total,outs,self._shown = self.learn,0.,[],self._n
+    learn,total,outs,self._shown = self.learn,0.,[],self.n
     part,known = learner_chunk_loss(learn, count=lambda *targs: self._shown)
-    looks = self._n > self.bs and self._looks_at_loss(known)
+    looks = self.n > self.bs and self._looks_at_loss(known)
     keep = keeps_outputs(learn) if self.keep is None else self.keep
     chunks,sizes = self._chunks()
-    few = FewItems(learn.yb, self._n, chunks)
+    few = FewItems(learn.yb, self.n, chunks)
     with whole_again(learn) as whole, self._rows() as rows:
         for items in chunks:
             show_items(learn, whole, items, self.split)
@@ -137,10 +135,10 @@ def _run_chunks(self:MicroBatch):
 def _warning(self:MicroBatch):
     "Watch the first chunked batch of a fit, and warn of layers whose chunks are not parts of a batch"
     watched = nullcontext()
-    if self._n > self.bs and not self._warned:
+    if self.n > self.bs and not self._warned:
         model = body_and_head(self.model)[0] if self.whole_head else self.model
         xb,self._warned = () if self.split else self.learn.xb,True
-        watched = warns_of_mixing(model, xb, self._n, self.bs, self.whole_head)
+        watched = warns_of_mixing(model, xb, self.n, self.bs, self.whole_head)
     with watched: yield
 
 # %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #n029
@@ -148,7 +146,7 @@ def _warning(self:MicroBatch):
 def _run_whole_head(self:MicroBatch):
     "Body in chunks, head and loss on the whole batch, then the body again for its gradients"
     learn,(body,head) = self.learn,body_and_head(self.model)
-    x,chunks = one_input(learn.xb, self.bs),even_chunks(self._n, self.bs)
+    x,chunks = one_input(learn.xb, self.bs),even_chunks(self.n, self.bs)
     trains = any(p.requires_grad for p in body.parameters())
     with whole_again(learn):
         self.enter_autocast()
@@ -162,13 +160,43 @@ def _run_whole_head(self:MicroBatch):
         if feats.grad is not None: backward_in_chunks(body, x, chunks, starts, feats.grad, self.autocast)
     learn.pred,learn.loss,learn.loss_grad = detached(learn.pred),learn.loss.detach(),learn.loss_grad.detach()
 
+# %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #v002
+@patch
+def _part_in_valid(self:MicroBatch):
+    "What gives a chunk's part of the loss, None where the whole output is needed"
+    learn,self._shown = self.learn,self.n
+    if not len(learn.yb) or self.whole_head or self.keep or len(learn.metrics) or keeps_outputs(learn): return None
+    part,known = learner_chunk_loss(learn, count=lambda *targs: self._shown)
+    return part if known or self._batches > 1 else None
+
+@patch
+def _sum_valid(self:MicroBatch, part):
+    "Loss of a batch of validation whose output nobody reads"
+    learn,(chunks,_) = self.learn,self._chunks()
+    whole,total = (learn.xb, learn.yb, []),0.
+    try:
+        with self._rows() as rows:
+            for items in chunks:
+                show_items(learn, whole, items, self.split)
+                self._shown = items.stop-items.start
+                learn.pred = self._output(rows, items)
+                learn('after_pred')
+                total,learn.pred = total+part(learn.pred, *learn.yb),None
+    finally: learn.xb,learn.yb,_ = whole
+    learn.pred,learn.loss,learn.loss_grad = NotKept(),total,total
+    learn('after_loss')
+
 # %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #n032
 @patch
-def _run_valid(self:MicroBatch):  # Output of every chunk, and the loss of the whole batch if it has targets
+def _run_valid(self:MicroBatch):
+    "Output of every chunk, and the loss of the whole batch if it has targets"
     learn,xb,yb = self.learn,self.learn.xb,self.learn.yb
+    learn.pred = None  # of the batch before
+    if part := self._part_in_valid(): return self._sum_valid(part)
     try: outs,sizes = self._outputs(xb, yb)
     finally: learn.xb,learn.yb = xb,yb
     learn.pred = joined(outs, sizes)
+    del outs
     learn('after_pred')
     if len(learn.yb):
         learn.loss_grad = learn.loss_func(learn.pred, *learn.yb)
@@ -177,10 +205,10 @@ def _run_valid(self:MicroBatch):  # Output of every chunk, and the loss of the w
 
 @patch
 def _outputs(self:MicroBatch, xb, yb):  # Outputs of the chunks and their sizes; a single one under a whole head
-    if self.whole_head and self._n > self.bs:
+    if self.whole_head and self.n > self.bs:
         body,head = body_and_head(self.model)
-        feats,_ = features_in_chunks(body, one_input(xb, self.bs), even_chunks(self._n, self.bs), again=False)
-        return [head(feats)], [self._n]
+        feats,_ = features_in_chunks(body, one_input(xb, self.bs), even_chunks(self.n, self.bs), again=False)
+        return [head(feats)], [self.n]
     outs,(chunks,sizes) = [],self._chunks()
     with self._rows() as rows:
         for items in chunks:
@@ -188,62 +216,35 @@ def _outputs(self:MicroBatch, xb, yb):  # Outputs of the chunks and their sizes;
             outs.append(detached(self._output(rows, items), copied=self._reused))
     return outs, sizes
 
-# %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #n035
-@patch
-def _fits(self:MicroBatch, run):  # Whether `run` had enough memory; if not, nothing is left of it
-    buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()] if self.auto else []
-    self.forget()
-    try:
-        run()
-        return True
-    except BaseException as e:
-        self.leave_autocast()
-        if not self.auto or min(self.bs, self._n) == 1 or not is_out_of_memory(e): raise
-    # Outside of `except`, whose traceback holds the tensors of the failed run
-    self.enter_autocast()
-    restore_buffers(buffers)
-    self.learn.pred = self.learn.loss = self.learn.loss_grad = None
-    gc.collect()
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
-    return False
-
-@patch
-def _until_it_fits(self:MicroBatch, run):
-    "Run the batch; while memory runs out and `auto` is set, run it again with half of `bs` from the same state"
-    start,tried = get_random_states(),self.bs
-    while not self._fits(run):
-        self.bs = (min(self.bs, self._n)+1)//2
-        set_random_states(**start)
-    if self.bs == tried: return
-    warn(f'MicroBatch ran out of memory with {tried} items at a time and goes on with {self.bs}', stacklevel=2)
-
 # %% ../../nbs/paddy_multi/accumulate/05_microbatch.ipynb #n038
 @patch
 def before_batch(self:MicroBatch):
     "Run the chunks, and make the step of a training batch; then tell fastai that nothing is left to do"
     if self.training and not len(self.yb): return  # nor does fastai update without a target
-    self._n,self._reused = batch_size(self.xb, self.yb, self.split),reuses_memory(self.model)
-    if not self.training and self._mixes_in_valid(): return
+    self.n,self._reused = batch_size(self.xb, self.yb, self.split),reuses_memory(self.model)
     self.begin()
-    if self.training: self._train()
-    else: self._until_it_fits(self._run_valid)
+    try:
+        if self.training: self._train()
+        elif self._mixes_in_valid(): return
+        else: self.until_it_fits(self._run_valid)
+    except BaseException:
+        self.leave_autocast()
+        raise
     raise CancelBatchException
 
 @patch
 def _mixes_in_valid(self:MicroBatch):
     "Do layers mix the items of a batch in validation too? Asked at the first batch that is larger than a chunk"
-    if self._n <= self.bs or self.whole_head: return False
-    xb = () if self.split else self.learn.xb
-    if self._mixes is None: self._mixes = bool(mixing_layers(self.model, xb, self._n, self.bs))
+    if self.n <= self.bs or self.whole_head: return False
+    if self._mixes is not None: return self._mixes
+    self._mixes = bool(mixing_layers(self.model, () if self.split else self.learn.xb, self.n, self.bs))
     return self._mixes
 
 @patch
 def _train(self:MicroBatch):  # Gradient of the batch, then the step
-    run = self._run_whole_head if self.whole_head and self._n > self.bs else self._run_chunks
-    with self._warning(): self._until_it_fits(run)
-    try: self.backward_done()
-    except BaseException:
-        self.opt.zero_grad()
-        raise
-    self.learn._with_events(self.learn._step, 'step', CancelStepException)
-    self.opt.zero_grad()
+    run = self._run_whole_head if self.whole_head and self.n > self.bs else self._run_chunks
+    with self._warning(): self.until_it_fits(run)
+    try:
+        self.backward_done()
+        self.learn._with_events(self.learn._step, 'step', CancelStepException)
+    finally: self.opt.zero_grad()

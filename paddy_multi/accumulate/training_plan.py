@@ -80,7 +80,8 @@ class TrainingPlans:
         budget:int, # Bytes that there are
         note:str='', # To be said with them
     ):
-        self.plans = sorted(plans, key=lambda o: (not o.fits, o.level, o.seconds, o.accum, o.needs))
+        def changed_least(o): return not o.fits, o.level, o.changes.count(', '), o.seconds, o.accum, o.needs
+        self.plans = sorted(plans, key=changed_least)
         self.budget,self.note = budget,note
 
     @property
@@ -110,7 +111,7 @@ def _worth_it(self:TrainingPlans):
     "Row and plan of each that is shown"
     least,kinds,shown = float('inf'),set(),{}
     for i,o in enumerate(self.plans):
-        if not o.fits or ', ' in o.changes: continue
+        if not o.fits or i and ', ' in o.changes: continue  # row 0, and single changes
         worth_it = o.needs < .99*least if o.level == 0 else o.changes not in kinds
         if worth_it: shown[i] = o
         if o.level == 0: least = min(least, o.needs)
@@ -128,15 +129,23 @@ def __repr__(self:TrainingPlans):
     def line(i, o): return f'{i:4} {_levels[o.level]}{f" ({o.changes})" if o.changes else ""}: {o}'
     lines = [line(i, o) for i,o in self._worth_it().items()]
     return '\n'.join([f'{head}. By their rows in df, the fastest of each kind:', *lines,
-                      f'apply(learn) sets up row 0, plans[i].apply(learn) another.{self.note}'])
+                      f'{self._how_to()}{self.note}'])
+
+@patch
+def _how_to(self:TrainingPlans):
+    if self.best.level < 3: return 'apply(learn) sets up row 0, plans[i].apply(learn) another.'
+    return 'All of these train in another way: plans[i].apply(learn) sets up the one that you choose.'
 
 # %% ../../nbs/paddy_multi/accumulate/17_training_plan.ipynb #t24
 @patch
 def apply(self:TrainingPlans,
     learn, # The learner that was planned for, or one like it
 )->MicroBatch|None: # For `fit(cbs=...)`; None if whole batches fit
-    "Have `learn` train as the best plan says; `ValueError` if no plan fits"
-    if self.best: return self.best.apply(learn)
+    "Have `learn` train as the best plan says; `ValueError` if no plan fits, or none without another training"
+    if self.best and self.best.level < 3: return self.best.apply(learn)
+    if self.best:
+        raise ValueError(f'every plan that fits {_size_text(self.budget)} trains in another way, the fastest with '
+                         f'{self.best.changes}: choose one by its row, as in plans[0].apply(learn)')
     raise ValueError(f'no plan fits {_size_text(self.budget)}: the one that needs the least is {self.least}. '
                      'Expected a larger budget, a smaller model or smaller pictures')
 

@@ -11,7 +11,6 @@ import math
 import sys
 
 import torch
-from fastcore.basics import patch
 from torch.autograd.function import BackwardCFunction
 from torch.utils.checkpoint import GraphExecGroup
 
@@ -135,26 +134,24 @@ class _Walk:
         _meet(self.grads[node], slot, new, j)
 
 # %% ../../nbs/paddy_multi/core/17_backward.ipynb #n033
-@patch
-def is_ready(self:_Walk, node):
+def _make_ready(walk, node):
     "Weights first, and then what the forward pass made last"
-    self.n += 1
+    walk.n += 1
     order = -math.inf if hasattr(node, 'variable') else -node._sequence_nr()
-    heapq.heappush(self.ready, (order, self.n, node))
+    heapq.heappush(walk.ready, (order, walk.n, node))
 
 # %% ../../nbs/paddy_multi/core/17_backward.ipynb #n036
-@patch
-def step(self:_Walk):
+def _step(walk):
     "Run a node, free what it kept, and hand on its gradients"
-    node = heapq.heappop(self.ready)[-1]
-    edges,new = node.next_functions,_run(node, self.grads.pop(node))
-    self.kept.let_go()
-    del self.waits[node], node
+    node = heapq.heappop(walk.ready)[-1]
+    edges,new = node.next_functions,_run(node, walk.grads.pop(node))
+    walk.kept.let_go()
+    del walk.waits[node], node
     for j,(to,slot) in enumerate(edges):
         if to is None: continue
-        self.receive(to, slot, new, j)
-        self.waits[to] -= 1
-        if not self.waits[to]: self.is_ready(to)
+        walk.receive(to, slot, new, j)
+        walk.waits[to] -= 1
+        if not walk.waits[to]: _make_ready(walk, to)
 
 # %% ../../nbs/paddy_multi/core/17_backward.ipynb #n039
 def _walk(tensors, grads, kept):
@@ -163,9 +160,9 @@ def _walk(tensors, grads, kept):
     walk = _Walk(nodes, kept)
     for i,t in enumerate(tensors): walk.receive(t.grad_fn, t.output_nr, grads, i)
     for node in nodes:
-        if not walk.waits[node]: walk.is_ready(node)
+        if not walk.waits[node]: _make_ready(walk, node)
     del nodes
-    while walk.ready: walk.step()
+    while walk.ready: _step(walk)
 
 # %% ../../nbs/paddy_multi/core/17_backward.ipynb #n042
 def backward(

@@ -60,7 +60,7 @@ def restore_buffers(
 def leave_autocast(
     device:str='cuda', # Kind of device
 )->bool: # Was it entered?
-    "Leave an autocast that an error left entered, and drop the weights that it cast; not for inside `torch.autocast`"
+    "Leave an autocast that an error left entered, and drop its cast weights; not for inside `torch.autocast`"
     entered = torch.is_autocast_enabled(device)
     nesting = torch.autocast_increment_nesting()
     while nesting > 0: nesting = torch.autocast_decrement_nesting()
