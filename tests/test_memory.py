@@ -138,8 +138,8 @@ def test_own_model_with_any_optimizer(opt):
 
 
 slow = pytest.mark.slow
-QUICK = [('convnext_atto', 64), ('resnet10t', 64), ('test_efficientnet', 64), ('test_byobnet', 64),
-         ('test_convnext', 64), ('test_vit', 160), ('test_nfnet', 64), ('test_mambaout', 64)]
+QUICK = [('convnext_atto', 64), ('resnet10t', 64), ('test_efficientnet', 64), ('mobilenetv3_small_050', 64),
+         ('regnety_002', 64), ('test_vit', 160), ('test_nfnet', 64), ('test_mambaout', 64)]
 
 
 @pytest.mark.parametrize('arch, size', QUICK)
@@ -153,7 +153,7 @@ MANY = {96: '''densenet121 mobilenetv2_035 mnasnet_small tinynet_e lcnet_035 mob
         efficientvit_b0 inception_next_atto mambaout_femto starnet_s1 hgnetv2_b0 selecsls42 skresnet18 resnest14d
         ese_vovnet19b_dw mobileone_s0 eca_nfnet_l0 mobilenetv4_conv_small shvit_s1 regnetx_002
         ghostnet_050 edgenext_xx_small
-        efficientnet_lite0 mobilenetv3_small_050 regnety_002''',
+        efficientnet_lite0''',
         224: '''vit_tiny_patch16_224 deit_tiny_patch16_224 cait_xxs24_224 xcit_nano_12_p16_224 levit_128s pit_ti_224
         convit_tiny
         mixer_s32_224 resmlp_12_224 gmlp_ti16_224 efficientformer_l1 visformer_tiny
