@@ -82,7 +82,19 @@ MIX = dict(
                                             norm=Of(lambda m, x: x-x.mean(0)))), X, None),
     in_the_model=(lambda: Of(lambda m, x: m.lin(x).softmax(0), lin=nn.Linear(3, 4)), X, ['model (Of)']),
     twice=(lambda: nn.Sequential(MinibatchStd(), nn.Linear(4, 4), nn.ReLU(inplace=True), MinibatchStd()), X,
-           ['0 (MinibatchStd)', '3 (MinibatchStd)']))
+           ['0 (MinibatchStd)', '3 (MinibatchStd)']),
+    those_before=(lambda: nn.Sequential(nn.Linear(3, 4), Of(lambda m, x: x + torch.cat([x[:1]*0, x[:-1]]))), X,
+                  ['1 (Of)']),
+    those_behind=(lambda: nn.Sequential(nn.Linear(3, 4), Of(lambda m, x: x + torch.cat([x[1:], x[:1]*0]))), X,
+                  ['1 (Of)']),
+    running_sum=(lambda: Of(lambda m, x: m.lin(x.cumsum(0)), lin=nn.Linear(3, 5)), X[:, None], ['model (Of)']),
+    mixed_with_a_random_other=(lambda: Of(lambda m, x: x + x[torch.randperm(len(x))]), X, ['model (Of)']),
+    gru_along_time=(lambda: nn.Sequential(nn.Linear(3, 4), Of(lambda m, x: m.rnn(x)[0], rnn=nn.GRU(4, 4))),
+                    torch.randn(7, 5, 3), ['1.rnn (GRU)']),
+    lstm_along_time=(lambda: Of(lambda m, x: m.rnn(x)[0], rnn=nn.LSTM(3, 4, 2, bidirectional=True)),
+                     torch.randn(20, 8, 3), ['rnn (LSTM)']),
+    attention_along_time=(lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.), torch.randn(7, 3, 4),
+                          ['self_attn (MultiheadAttention)']))
 
 
 @pytest.mark.parametrize('name', MIX)
@@ -90,9 +102,68 @@ def test_layers_that_mix_are_named(name):
     make, x, expected = MIX[name]
     model = make()
     before = state_of(model)
-    found = mixing_layers(model, (x,), 6)
+    found = mixing_layers(model, (x,), len(x))
     assert found == expected if expected else found
     assert_untouched(model, before)
+
+
+class Experts(nn.Module):
+    "Each takes as many items as it has room for, those that want it most"
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts = nn.Linear(12, 2), nn.ModuleList([nn.Linear(12, 5) for _ in range(2)])
+
+    def forward(self, x):
+        wants, out = self.gate(x).softmax(1), x.new_zeros(len(x), 5)
+        for k, expert in enumerate(self.experts):
+            taken = wants[:, k].topk(max(1, len(x)//2))[1]
+            out = out.index_add(0, taken, wants[taken, k:k+1]*expert(x[taken]))
+        return out
+
+
+@pytest.mark.parametrize('bs', [2, 4, 6, 8])
+def test_experts_with_room_for_some_are_named(bs):
+    "But for the few whose choice among the items tried is the same by chance"
+    named = 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        named += mixing_layers(Experts(), (torch.randn(16, 12),), 16, bs) == ['model (Experts)']
+    assert named >= 17
+
+
+@pytest.mark.parametrize('bs', [1, 2, 3, 4, 7, 8, 50])
+@pytest.mark.parametrize('n', [2, 3, 4, 5, 8, 9, 12, 16, 17])
+def test_a_batch_of_any_size_is_tried(n, bs):
+    x = torch.randn(n, 5, 3)
+    for f in lambda m, x: x-x.mean(0), lambda m, x: x.cumsum(0), lambda m, x: x.flip(0).cumsum(0).flip(0):
+        assert mixing_layers(Of(f), (x,), n, bs) == ['model (Of)']
+    assert mixing_layers(Of(lambda m, x: x-x.mean(1, keepdim=True)), (x,), n, bs) == []
+
+
+def packed(m, x, lengths):
+    rows = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+    out, h = m.rnn(rows)
+    return m.lin(nn.utils.rnn.pad_packed_sequence(out, batch_first=True, total_length=x.shape[1])[0]), h[-1]
+
+
+def last_state(m, x): return tensors_in(m.rnn(x)[1])[0][-1]
+def its_own_time_first(m, x): return m.rnn(x.transpose(0, 1))[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize('bs', [1, 2, 4, 6, 8])
+@pytest.mark.parametrize('kind', [nn.RNN, nn.GRU, nn.LSTM])
+def test_recurrent_layers_that_take_items_first_do_not_mix(kind, bs):
+    "With as many steps, layers and directions as items are tried, too; the first steps are padding"
+    for time, layers, both in (2, 1, True), (4, 2, True), (8, 4, True), (8, 8, False), (5, 2, False):
+        x = torch.randn(16, time, 3)
+        x[:, :time//2] = 0
+        options = dict(num_layers=layers, bidirectional=both)
+        first, second = kind(3, 4, batch_first=True, **options), kind(3, 4, **options)
+        lengths = torch.arange(16) % time + 1
+        assert mixing_layers(Of(packed, rnn=first, lin=nn.Linear(4+4*both, 2)), (x, lengths), 16, bs) == []
+        models = [Of(f, rnn=first) for f in (lambda m, x: m.rnn(x)[0], last_state)]
+        for model in *models, Of(its_own_time_first, rnn=second):
+            assert mixing_layers(model, (x,), 16, bs) == []
 
 
 def lstm(layers=1): return Of(lambda m, x: m.rnn(x)[0], rnn=nn.LSTM(3, 4, layers, bidirectional=True, batch_first=True))
@@ -263,6 +334,23 @@ def test_texts():
         'Updates in chunks are not those of whole batches. Layers that look at other items see those of a chunk only: '
         '0 (A), 1 (A), 2 (A), 3 (A) and 2 more. Buffers and attributes that the model keeps change once a chunk: h. '
         'A scalar that the model gives, such as its own loss, is not the mean over the items. Ways out: ')
+
+
+def test_ways_out_fit_what_was_found():
+    own = "whole batches, or a loss of the outputs instead of the model's own"
+    assert coupling_text([], [], False).endswith(f'Ways out: {own}')
+    assert 'GroupNorm' in coupling_text(['a'], [], False) and own in coupling_text(['a'], [], False)
+    assert 'GroupNorm' not in coupling_text([], ['h']) and 'no state' in coupling_text([], ['h'])
+    assert 'time' in coupling_text(['rnn (GRU)'], []) and 'no state' not in coupling_text(['rnn (GRU)'], [])
+
+
+@pytest.mark.parametrize('bs', [1, 2, 8])
+def test_trials_of_a_single_item_do_not_warn(bs):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        model = Of(lambda m, x: (x, x.std(0).mean()))
+        assert not scalar_adds_up(model, (X,), 6, bs)
+        mixing_layers(model, (X,), 6, bs)
 
 
 # --- hidden state by row --------------------------------------------------------------------------------------------

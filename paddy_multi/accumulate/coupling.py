@@ -6,79 +6,17 @@
 __all__ = []
 
 # %% ../../nbs/paddy_multi/accumulate/03_coupling.ipynb #n003
-from contextlib import contextmanager, nullcontext
-from copy import copy
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 
 import torch
-from fastai.torch_core import get_random_states, set_random_states
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .batches import cut
+from .trials import Trials, are_same, places_of_state
 from ..core.nested import copied, made_of, tensors_in
-
-# %% ../../nbs/paddy_multi/accumulate/03_coupling.ipynb #n006
-_of_module = set(vars(nn.Module()))
-def _is_state(o):
-    if isinstance(o, (int, float)): return not isinstance(o, bool)
-    return any(not isinstance(t, nn.Parameter) for t in tensors_in(o))
-
-def places_of_state(
-    model:nn.Module, # Any model
-    buffers:bool, # Buffers but those of BatchNorm, or attributes?
-)->dict: # `(dict, key)` where each is kept, by its name
-    "Where `model` holds what is no parameter"
-    inside = {o: (m._buffers if buffers else vars(m)) for o,m in model.named_modules()
-              if not (buffers and isinstance(m, _BatchNorm))}
-    return {f'{o}.{k}'.lstrip('.'): (kept, k) for o,kept in inside.items() for k,v in kept.items()
-            if (buffers or k not in _of_module) and _is_state(v)}
-
-# %% ../../nbs/paddy_multi/accumulate/03_coupling.ipynb #n009
-_eager = getattr(torch.compiler, 'set_stance', nullcontext)  # since PyTorch 2.6
-
-class Trials:
-    "Runs of `model` from one state; `restore` leaves it as it was"
-    def __init__(self, model):
-        self.model,self.random = model,get_random_states()
-        kept = [(vars(m), dict(vars(m))) for m in model.modules()]
-        kept += [(o, copy(o)) for _,attrs in kept for o in attrs.values() if isinstance(o, (list, dict))]
-        tensors = [*model.buffers(), *tensors_in([d[k] for d,k in places_of_state(model, buffers=False).values()])]
-        self._kept,self._tensors = kept,[(t, t.detach().clone()) for t in tensors]
-
-    def restore(self):
-        for o,before in self._kept:
-            if isinstance(o, list): o[:] = before
-            else:
-                for k in o.keys()-before.keys(): del o[k]
-                o.update(before)
-        for t,before in self._tensors: t.data.copy_(before)
-        set_random_states(**self.random)
-        torch.clear_autocast_cache()  # of weights that were cast without a graph
-
-    def run(self, xb):
-        for m in self.model.modules():
-            if isinstance(m, _BatchNorm) or 'drop' in type(m).__name__.lower(): m.training = False
-        with torch.no_grad(), _eager('force_eager'), torch.autocast('cuda', enabled=False): return self.model(*xb)
-    def __enter__(self): return self
-    def __exit__(self, *args): self.restore()
-
-# %% ../../nbs/paddy_multi/accumulate/03_coupling.ipynb #n011
-def are_same(
-    a, # Tensors, nested or not, or numbers
-    b, # The same, as it should be
-    tol:float=0., # Difference that is allowed, in units of the largest number of `b`
-)->bool:
-    "Whether two states or outputs are the same"
-    pairs = tensors_in(a),tensors_in(b)
-    if not any(pairs): return a == b
-    return [t.shape for t in pairs[0]] == [t.shape for t in pairs[1]] and all(map(partial(_near, tol), *pairs))
-
-def _near(tol, a, b):
-    if not tol or not b.is_floating_point() or not b.numel(): return torch.equal(a, b)
-    a,b = (o.double().nan_to_num() for o in (a, b))
-    return bool((a-b).abs().max() <= tol*b.abs().max())
 
 # %% ../../nbs/paddy_multi/accumulate/03_coupling.ipynb #n014
 @contextmanager
@@ -122,6 +60,27 @@ def _remembered(model, names, xb):
             return [*filter(matters, names)]
         except Exception: return [o for o in names if any(not t.requires_grad for t in tensors_in(value(o)))]
 
+# %% ../../nbs/paddy_multi/accumulate/03_coupling.ipynb #e001
+def _watched_run(trials, xb, n):
+    "What each module got and gave, by some numbers and the sum of each of `n` rows; of what has other rows, two sums"
+    calls,open_calls = [],[]
+    def rows(t): return t.detach().unsqueeze(-1).flatten(1) if t.ndim and len(t) == n else None
+    def got(t): return _sums(t) if rows(t) is None else torch.cat([_some(rows(t)), rows(t).sum(1, True)], 1)
+    def gave(t): return t.new_zeros(0) if rows(t) is None else _some(rows(t))
+    def before(m, args, kwargs): open_calls.append([*map(got, tensors_in((args, kwargs)))])
+    def after(m, args, kwargs, out): calls.append((m, open_calls.pop(), [*map(gave, tensors_in(out))]))
+    trials.restore()
+    for m in trials.model.modules():
+        m.register_forward_pre_hook(before, with_kwargs=True)
+        m.register_forward_hook(after, with_kwargs=True)
+    trials.run(xb)
+    return calls
+
+def _sums(t): return torch.stack([t.double().sum(), t.double().square().sum()])
+def _some(t):  # At most 256 numbers of each row, from all over it
+    k = t.shape[1]
+    return t[:, torch.arange(min(k, 256), device=t.device)*1_000_003 % max(k, 1)]
+
 # %% ../../nbs/paddy_multi/accumulate/03_coupling.ipynb #n020
 _mixing = 'EvoNorm2dB0 EvoNorm2dB1 EvoNorm2dB2 MinibatchStdDev MinibatchStd MiniBatchStdDev BatchRenorm'.split()
 
@@ -134,47 +93,45 @@ def mixing_layers(
     "Layers other than BatchNorm in which an item's output depends on other items of its batch"
     model = getattr(model, '_orig_mod', model)
     known = [m for m in model.modules() if type(m).__name__ in _mixing and m.training]
-    rows = 8 if bs >= 8 else 4 if bs >= 4 else 2  # as layers want it that take statistics over a few items
+    rows = next(k for k in (8, 4, 2) if k <= max(min(n, bs), 2))  # as layers want it with statistics of a few items
     try:
-        batches = _two_batches(xb, n, rows)
-        with Trials(model) as trials: known += _first_mixing(trials, *batches, rows) if batches else []
+        with Trials(model) as trials: known += _first_mixing(trials, xb, n, rows)
     except Exception: pass  # it runs with whole batches alone, or not at all
     kinds = {type(m) for m in known if not isinstance(m, _BatchNorm)}
     return [f'{name or "model"} ({type(m).__name__})' for name,m in model.named_modules() if type(m) in kinds]
 
-def _two_batches(xb, n, rows):  # The first item with copies of the second, and with others; None if there are no others
-    if n < 3: return None
-    others = [1]*(rows-1),[2 + i%(n-2) for i in range(rows-1)]
-    one,two = (cut(xb, torch.tensor([0, *o]), n) for o in others)
-    return None if are_same(one, two) else (one, two)
+def _exchanges(items, n):
+    "Places that keep their items, and items of which all others are exchanged; in order, as texts are by length"
+    places,random = torch.arange(len(items)),torch.Generator().manual_seed(0)
+    for kept in (places < len(items)//2, places >= len(items)//2, places%2 == 0, places%2 == 1)*2:
+        low = torch.where(kept, items, 0).cummax(0).values
+        high = torch.where(kept, items, n-1).flip(0).cummin(0).values.flip(0)
+        other = low + (torch.rand(len(items), generator=random)*(high-low)).long()
+        yield kept, torch.where(kept, items, other + (other >= items)).sort().values
 
 # %% ../../nbs/paddy_multi/accumulate/03_coupling.ipynb #n021
-def _first_mixing(trials, one, two, rows):
-    "Innermost modules that see the same first item in both batches, and give another output for it"
-    runs = [_watched_run(trials, xb, rows) for xb in (one, two)]
-    found = [m for (m,ins,outs),(_,ins2,outs2) in zip(*runs)
-             if ins and are_same(ins, ins2) and not are_same(outs, outs2, 1e-4) and not isinstance(m, nn.RNNBase)]
+def _first_mixing(trials, xb, n, rows):
+    "Innermost modules that see the same items at the places kept, and give another output for them"
+    def run(items): return _watched_run(trials, cut(xb, items, n), len(items))
+    items,found = torch.linspace(0, n-1, rows).round().long(),[]
+    first,fewer = _first_and_fewer(run, items)
+    for kept,others in _exchanges(items, n):
+        for (m,*one),(_,*two),(_,*few) in zip(first, run(others), fewer):
+            (ins,outs),(ins2,outs2) = (map(partial(_at, kept), o, few) for o in (one, two))
+            outs,outs2 = ([t for t in o if t.ndim == 2] for o in (outs, outs2))
+            if ins and are_same(ins, ins2) and not are_same(outs, outs2, 1e-4): found.append(m)
     return [m for m in found if not any(o in found for o in [*m.modules()][1:])]
 
-def _watched_run(trials, xb, rows):
-    "What each module got and gave for the first item, by some of the numbers; of what has no items, two sums"
-    calls,open_calls = [],[]
-    def has_items(t): return t.ndim and len(t) == rows
-    def got(o): return [(_some(t[0]), t[0].sum()) if has_items(t) else _sums(t) for t in tensors_in(o)]
-    def before(m, args, kwargs): open_calls.append(got((args, kwargs)))
-    def after(m, args, kwargs, out):
-        calls.append((m, open_calls.pop(), [_some(t[0]) for t in tensors_in(out) if has_items(t)]))
-    trials.restore()
-    for m in trials.model.modules():
-        m.register_forward_pre_hook(before, with_kwargs=True)
-        m.register_forward_hook(after, with_kwargs=True)
-    trials.run(xb)
-    return calls
+def _at(kept, seen, few):  # Rows of the items that are kept; their number is that of the items for fewer items too
+    return [t[kept] if t.ndim == f.ndim == 2 else t.reshape(-1) for t,f in zip(seen, few)]
 
-def _sums(t): return torch.stack([t.double().sum(), t.double().square().sum()])
-def _some(t):  # At most 1024 numbers of `t`, from all over it
-    t,n = t.detach().reshape(-1),t.numel()
-    return t.clone() if n <= 1024 else t[torch.arange(1024, device=t.device)*1_000_003 % n]
+def _first_and_fewer(run, items):
+    "A run of the items and one of half of them; if this goes another way, all that has their number counts as items"
+    first = run(items)
+    try: few = run(items[:len(items)//2])
+    except Exception: few = []
+    if [m for m,*_ in few] == [m for m,*_ in first]: return first, few
+    return first, [(m, ins, [] if isinstance(m, nn.RNNBase) else outs) for m,ins,outs in first]
 
 # %% ../../nbs/paddy_multi/accumulate/03_coupling.ipynb #n025
 def scalar_adds_up(
@@ -208,9 +165,12 @@ def coupling_text(
     if changed: parts.append(f'Buffers and attributes that the model keeps change once a chunk: {listed(changed)}.')
     if not adds_up: parts.append('A scalar that the model gives, such as its own loss, is not the mean over the items.')
     if not parts: return ''
-    ways = ('Ways out: layers that take each item by itself (GroupNorm, LayerNorm), no state, or '
-            'MicroBatch(bs, whole_head=True) if they are in the head')
-    return ' '.join(['Updates in chunks are not those of whole batches.', *parts, ways])
+    ways = ['layers that take each item by itself (GroupNorm, LayerNorm)',
+            'items along the first dimension of all inputs, targets and outputs, if time lies there'] if mixing else []
+    if changed: ways.append('no state')
+    if not adds_up: ways.append("whole batches, or a loss of the outputs instead of the model's own")
+    if mixing or changed: ways.append('MicroBatch(bs, whole_head=True) if they are in the head')
+    return ' '.join(['Updates in chunks are not those of whole batches.', *parts, 'Ways out:', '; '.join(ways)])
 
 # %% ../../nbs/paddy_multi/accumulate/03_coupling.ipynb #n031
 class RowsOfState:

@@ -12,7 +12,7 @@ import torch
 
 from .batches import cut, even_chunks, joined
 from .loss_check import items_to_check
-from ..core.nested import made_of, tensors_in
+from ..core.nested import found, made_of, tensors_in
 
 # %% ../../nbs/paddy_multi/accumulate/04_outputs.ipynb #n007
 without_outputs = dict(
@@ -116,8 +116,8 @@ class FewItems:
             self.places,self.split = items_to_check(self.targs, self.n, width, self.chunks)
         here = self.places[(self.places >= items.start) & (self.places < items.stop)]
         if not len(here): return
-        self.preds.append(cut(detached(pred), here-items.start, size))
-        self.yb.append(cut(yb, here-items.start, size))
+        for kept,o,what in (self.preds, detached(pred), 'output'), (self.yb, yb, 'targets'):
+            kept.append(_cut_first(o, here-items.start, size, what))
         self.found.append(here)
 
     def are_all_here(self):
@@ -131,6 +131,16 @@ class FewItems:
         preds,targs = (cut(joined(o, sizes), order, len(found)) for o in (self.preds, self.yb))
         self.preds = self.yb = self.found = ()  # the check shall have their memory
         return preds, targs, self.split
+
+def _cut_first(o, items, n, what):
+    try: return cut(o, items, n)
+    except ValueError as e:
+        raise ValueError(f'the check of the loss needs the {what} of a chunk with its items along the first dimension, '
+                         f'found {found(o)} for {n} items. Let {_turned[what]}') from e
+
+_turned = dict(
+    output='the model transpose its output, as with output.transpose(0, 1), and the loss take it so',
+    targets='the batches, or the split function, give the targets so, and the loss take them so')
 
 # %% ../../nbs/paddy_multi/accumulate/04_outputs.ipynb #n024
 class Reach:
