@@ -8,13 +8,11 @@ __all__ = ['CategoryTarget']
 # %% ../../nbs/paddy_multi/kinds/03_category.ipynb #c002
 import warnings
 from collections.abc import Iterable
-from functools import cache
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from ..core.columns import OnDevice
 from ..core.values import first_few
 from .labelled import zero_where_missing
 from .losses import weights_of
@@ -72,23 +70,15 @@ class NamedClasses(Target):
         return acts if self.vocab == ref.vocab else acts[:,[self.vocab.index(o) for o in ref.vocab]]
 
 # %% ../../nbs/paddy_multi/kinds/03_category.ipynb #cb112e5f
-@cache
-def edges_of(
-    width:int, # Number of classes
-)->OnDevice: # Half way between class numbers, and far behind them
-    "Edges with which `torch.bucketize` gives class numbers, `width` for what is none and `width+1` for NaN"
-    return OnDevice([*(i+.5 for i in range(width)), 1e30])
-
 def cross_entropies(
     preds, # Logits `[n, width]`
     ids, # Class numbers `[n]`
-    **kwargs, # For `F.cross_entropy`
 ): # `[n]`
     "The cross-entropy of each row"
     if preds.device.type != 'cpu' or preds.shape[1] >= 16 or len(preds) < 1024:
-        return F.cross_entropy(preds, ids, reduction='none', **kwargs)
+        return F.cross_entropy(preds, ids, reduction='none')
     # On a CPU, PyTorch goes through many short rows several times as fast with the classes as an outer dimension
-    return F.cross_entropy(preds.t()[None], ids[None], reduction='none', **kwargs).squeeze(0)
+    return F.cross_entropy(preds.t()[None], ids[None], reduction='none').squeeze(0)
 
 # %% ../../nbs/paddy_multi/kinds/03_category.ipynb #c008
 class CategoryTarget(NamedClasses):
@@ -131,11 +121,10 @@ class CategoryTarget(NamedClasses):
     def _for_loss(self, y): return y[:,0].long()
     def _losses(self, preds, y): return cross_entropies(preds, self._for_loss(y))
     def labelled_losses(self, preds, y, valid):
-        "As of any target; a look-up turns labels into class numbers, and missing ones into a number to be left out"
+        "As of any target; a missing label becomes a class number that is left out"
         if self.loss or type(self) is not CategoryTarget: return super().labelled_losses(preds, y, valid)
-        ids = torch.bucketize(y[:,0].contiguous(), edges_of(self.width)(y))
-        return cross_entropies(zero_where_missing(preds, valid), ids, ignore_index=self.width+1)
-
+        ids = y[:,0].nan_to_num(-100.).long()  # which cross-entropy leaves out
+        return cross_entropies(zero_where_missing(preds, valid), ids)
 
     def counts(self, y):
         "1 for each item, or the weight of its class"
