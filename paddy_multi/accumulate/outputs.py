@@ -140,7 +140,7 @@ def _cut_first(o, items, n, what):
 
 _turned = dict(
     output='the model transpose its output, as with output.transpose(0, 1), and the loss take it so',
-    targets='the batches, or the split function, give the targets so, and the loss take them so')
+    targets='the batches give the targets so, and the loss take them so')
 
 # %% ../../nbs/paddy_multi/accumulate/04_outputs.ipynb #n024
 class Reach:
