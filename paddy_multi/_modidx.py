@@ -711,6 +711,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'paddy_multi/accumulate/trials.py'),
                                                'paddy_multi.accumulate.trials.Trials.run': ( 'paddy_multi/accumulate/trials.html#trials.run',
                                                                                              'paddy_multi/accumulate/trials.py'),
+                                               'paddy_multi.accumulate.trials._eager': ( 'paddy_multi/accumulate/trials.html#_eager',
+                                                                                         'paddy_multi/accumulate/trials.py'),
                                                'paddy_multi.accumulate.trials._is_state': ( 'paddy_multi/accumulate/trials.html#_is_state',
                                                                                             'paddy_multi/accumulate/trials.py'),
                                                'paddy_multi.accumulate.trials._near': ( 'paddy_multi/accumulate/trials.html#_near',

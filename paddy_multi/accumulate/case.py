@@ -98,6 +98,7 @@ def run_case(
     exact:bool, # Measure the update error too?
 )->dict: # Items a chunk, speed with its quartiles, memory and update error
     "All that is measured of one case, in a process of its own"
+    import torch._dynamo  # which PyTorch loads when MicroBatch looks at a loss: it is no memory of training
     before = process_bytes('VmRSS')
     learn = make_learner()
     batch = learn.dls.one_batch()

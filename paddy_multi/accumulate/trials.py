@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/paddy_multi/accumulate/03_trials.ipynb #n003
+import sys
 import warnings
 from contextlib import nullcontext
 from copy import copy
@@ -35,7 +36,10 @@ def places_of_state(
             if (buffers or k not in _of_module) and _is_state(v)}
 
 # %% ../../nbs/paddy_multi/accumulate/03_trials.ipynb #n009
-_eager = getattr(torch.compiler, 'set_stance', nullcontext)  # since PyTorch 2.6
+def _eager():
+    "Nothing is compiled inside; a compiler that is not loaded, which takes seconds, has compiled nothing"
+    loaded = 'torch._dynamo' in sys.modules and hasattr(torch.compiler, 'set_stance')  # since PyTorch 2.6
+    return torch.compiler.set_stance('force_eager') if loaded else nullcontext()
 
 class Trials:
     "Runs of `model` from one state; `restore` leaves it as it was"
@@ -59,7 +63,7 @@ class Trials:
     def run(self, xb):
         for m in self.model.modules():
             if isinstance(m, _BatchNorm) or 'drop' in type(m).__name__.lower(): m.training = False
-        with torch.no_grad(), _eager('force_eager'), torch.autocast('cuda', enabled=False), warnings.catch_warnings():
+        with torch.no_grad(), _eager(), torch.autocast('cuda', enabled=False), warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of a single item, say
             return self.model(*xb)
 
