@@ -5,7 +5,7 @@ in one operation, and arrays of what has not been brought back. Needs a C++ comp
 this one.
 """
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 
@@ -42,14 +42,23 @@ def start(build):
     be_default()
 
 def stay_themselves():
-    "A parameter that moves stays the same object, as on a GPU; where all are there already, nothing moves"
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    old = torch.nn.Module.to
+    "A parameter that moves stays the same object, as on a GPU; where nothing has to move, nothing does"
+    old, move = torch.nn.Module.to, torch.nn.Module._apply
     def to(self, *args, **kwargs):
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        here = {o.device.type for o in (*self.parameters(), *self.buffers())}
-        return self if dtype is None and device is not None and here == {device.type} else old(self, *args, **kwargs)
-    torch.nn.Module.to = to
+        device, dtype, _, form = torch._C._nn._parse_to(*args, **kwargs)
+        there = device is None or all(o.device.type == device.type for o in (*self.parameters(), *self.buffers()))
+        return self if there and dtype is None and form is None else old(self, *args, **kwargs)
+    def _apply(self, *args, **kwargs):
+        with swapping(): return move(self, *args, **kwargs)
+    torch.nn.Module.to, torch.nn.Module._apply = to, _apply
+
+@contextmanager
+def swapping():
+    "Only here: `load_state_dict` would swap too, where on a GPU it copies, and fails while a graph holds a parameter"
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try: yield
+    finally: torch.__future__.set_swap_module_params_on_conversion(before)
 
 def be_default():
     "fastai's `default_device`, in every module that has it"
