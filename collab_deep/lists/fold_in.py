@@ -38,14 +38,17 @@ def fold_row(
     start = model.new_user(items, features).detach()
     if not start.isfinite().all() or ratings is not None and not (ratings.abs() <= largest).all():
         raise ValueError(f'ratings lie within {largest:g}, and features are finite; found {ratings}, {features}')
-    row = start.clone().requires_grad_()
+    row,tried = start.clone().requires_grad_(),[]
     opt = torch.optim.LBFGS([row], max_iter=steps, line_search_fn='strong_wolfe')
     def objective():
         loss = _misfit(model.scores_of(row[None])[0], items, ratings) + decay*((row-start)**2).sum()
+        if not loss.isfinite(): raise FloatingPointError
+        tried.append((loss.item(), row.detach().clone()))
         [row.grad] = torch.autograd.grad(loss, row)
         return loss
-    opt.step(objective)
-    if row.isfinite().all(): return row.detach()
+    try: opt.step(objective)
+    except FloatingPointError: tried = tried[1:]  # the search is lost: its start is no answer
+    if tried: return min(tried, key=lambda o: o[0])[1]
     raise ValueError('no finite row fits these ratings: are they on the scale of training, is the model finite?')
 
 # %% ../../nbs/collab_deep/lists/03_fold_in.ipynb #c014
