@@ -13,7 +13,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
-from fastai.optimizer import Adam, OptimWrapper
+from fastai.optimizer import Adam, OptimWrapper, SGD
 from fastai.torch_core import set_seed
 from fastai.vision.learner import vision_learner
 from torch import nn
@@ -273,10 +273,16 @@ def test_microbatch_in_a_plan_sees_every_item():
 # --- refused --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('budget, asked, text', [
     ('plenty', {}, "expected a size such as '16GB'"),
-    ('1GB', dict(accums=[1.5]), 'positive ints; found 1.5'),
+    ('1GB', dict(accums=[1.5]), 'list of positive ints; found 1.5'),
+    ('1GB', dict(accums=2), 'list of positive ints; found 2'),
+    ('1GB', dict(accums=[]), 'list of positive ints; found []'),
+    ('1GB', dict(accums=[9], device='cpu'), 'a batch of 8 cannot be run in 9 chunks'),
     ('1GB', dict(precisions='fp16'), "expected precisions of ('fp32', 'fp16', 'bf16'), as a list, found 'fp16'"),
     ('1GB', dict(optimizers=['adam']), "as a list, found ['adam']"),
     ('1GB', dict(checkpointing=[]), 'as a list, found []'),
+    ('1GB', dict(checkpointing=True), 'as a list, found True'),
+    ('1GB', dict(optimizers=Adam), f'as a list, found {Adam!r}'),
+    ('1GB', dict(precisions='fp16', device='cpu'), "as a list, found 'fp16'"),
     ('1GB', dict(precisions=['fp16'], device='cpu'), 'mixed precision does nothing on a CPU'),
     ('1GB', dict(frozen=[True]), 'no body to freeze'),
     ('1GB', dict(device='tpu'), "expected device 'cuda' or 'cpu', found 'tpu'"),
@@ -295,8 +301,36 @@ def test_a_model_without_blocks_is_planned_without_checkpointing():
         plan_training(learn, '1GB', device='cpu', checkpointing=[True])
 
 
+def test_a_learner_with_nothing_trained_is_planned_or_refused_in_words():
+    learn, whole = timm_learner('test_vit'), timm_learner('test_vit')
+    for p in learn.model.parameters(): p.requires_grad_(False)
+    own = dict(optimizers=['as is'], checkpointing=[False], device='cpu')
+    assert plan_training(learn, '1GB', **own)[0].total == plan_training(whole, '1GB', **own)[0].total
+    with pytest.raises(ValueError, match='no body to freeze'): plan_training(learn, '1GB', **own, frozen=[True])
+
+
+@pytest.mark.parametrize('opt_func', [SGD, slow(partial(OptimWrapper, opt=torch.optim.SGD))])
+def test_what_is_the_same_optimizer_already_is_not_another_training(opt_func):
+    learn = timm_learner('test_vit', opt_func=opt_func)
+    df = plan_training(learn, '1GB', checkpointing=[False], device='cpu').df
+    assert 'sgd' not in set(df.optimizer) and df.exact.all()
+    with pytest.raises(ValueError, match='is SGD without momentum already: expected optimizers with "as is"'):
+        plan_training(learn, '1GB', checkpointing=[False], device='cpu', optimizers=['sgd'])
+
+
+def test_plans_are_shown_in_lines_that_fit_a_page():
+    learn = body_and_head()
+    learn.freeze()
+    plans = plan_training(learn, '1GB', accums=(1, 2), device='cpu')
+    lines = repr(plans).splitlines()
+    assert max(map(len, lines)) <= 88 and lines[1].split()[:3] == ['updates', 'accum', 'bs']
+    assert {' '.join(o.split()[1:3]) for o in lines[2:-3]} >= {'the same', 'another training'}
+
+
 def test_where_nothing_fits_the_least_is_named():
     plans = plan_training(timm_learner('test_vit', 96), '2MB', device='cpu', checkpointing=[False])
-    assert plans.best is None and repr(plans).startswith('0 of 3 plans fit 2 MB. The one that needs the least is ')
+    assert plans.best is None and repr(plans).startswith('0 of 3 plans fit 2 MB. The one that needs the least:\n')
+    _, row = repr(plans).splitlines()[1:]
+    assert plans[int(row.split()[0])] is plans.least and 'another training' in row and 'sgd' in row
     with pytest.raises(ValueError, match='no plan fits 2 MB: the one that needs the least is .* SGD'):
         plans.apply(timm_learner('test_vit'))

@@ -82,8 +82,11 @@ def fused_optimizer(
 # %% ../../nbs/paddy_multi/accumulate/16_fused.ipynb #o06
 def plain_sgd(
     opt_func, # What the learner has: fastai's, or a wrapped optimizer of PyTorch
-): # A function like it for SGD without momentum, which keeps nothing
+): # A function like it for SGD without momentum, which keeps nothing; None where it is that already
     "Another training: the optimizer that needs the least memory"
-    func,_ = _unwrapped(opt_func)
+    func,kwargs = _unwrapped(opt_func)
     wrapped = inspect.isclass(func) and issubclass(func, OptimWrapper)
+    opt,more = _unwrapped(kwargs.get('opt')) if wrapped else (func, {})
+    own = {**more, **kwargs}
+    if opt in (SGD, torch.optim.SGD) and not own.get('mom') and not own.get('momentum'): return None
     return partial(OptimWrapper, opt=torch.optim.SGD) if wrapped else SGD

@@ -8,6 +8,7 @@ __all__ = ['plan_training']
 # %% ../../nbs/paddy_multi/accumulate/19_plan.ipynb #n003
 import itertools
 import math
+from collections.abc import Iterable
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -31,27 +32,29 @@ from .training_plan import TrainingPlan, TrainingPlans, precision_of
 _known = dict(precisions=('fp32', 'fp16', 'bf16'), optimizers=('as is', 'fused', 'sgd'), checkpointing=(False, True),
               frozen=(False, True))
 
-def _chosen(name, values):
-    "The `values` to combine; None for all"
-    known = _known[name]
-    if values is None: return list(known)
-    if isinstance(values, str) or not values or any(o not in known for o in values):
-        raise ValueError(f'expected {name} of {known}, as a list, found {values!r}')
-    return list(values)
+def _listed(values): return list(values) if isinstance(values, Iterable) and not isinstance(values, str) else []
+
+def _chosen(name, asked):
+    "The values to combine; None for all"
+    known,found = _known[name],_listed(asked)
+    if asked is None: return list(known)
+    if not found or any(o not in known for o in found):
+        raise ValueError(f'expected {name} of {known}, as a list, found {asked!r}')
+    return [o for o in known if o in found]
 
 # %% ../../nbs/paddy_multi/accumulate/19_plan.ipynb #q06
 def _precisions(learn, device, asked):
-    if device != 'cpu': return _chosen('precisions', asked)
-    own = precision_of(learn)
-    if set(asked or [own]) == {own}: return [own]
+    own,found = precision_of(learn),_chosen('precisions', asked)
+    if device != 'cpu': return found
+    if asked is None or found == [own]: return [own]
     raise ValueError(f'mixed precision does nothing on a CPU: expected precisions=["{own}"] there, as the learner '
-                     f'has it, found {list(asked)}')
+                     f'has it, found {found}')
 
 # %% ../../nbs/paddy_multi/accumulate/19_plan.ipynb #q09
 def _frozen(learn, asked):
-    if not isinstance(next(iter(learn.splitter(learn.model))), Tensor): return _chosen('frozen', asked)
-    found = _chosen('frozen', [False] if asked is None else asked)
-    if True not in found: return found
+    groups,found = list(learn.splitter(learn.model)),_chosen('frozen', asked)
+    if groups and not isinstance(groups[0], Tensor): return found
+    if asked is None or True not in found: return [False]
     raise ValueError('frozen: the learner has one group of parameters, so no body to freeze: '
                      'give it a splitter, or leave frozen out')
 
@@ -94,7 +97,7 @@ def _trace(self, half, checkpointing, frozen):
     def prepare(model):
         if frozen: _freeze(self.learn, model)
         checkpoint_activations(model, checkpointing)
-    with _optimized_by(self.learn, plain_sgd(self.learn.opt_func)):
+    with _optimized_by(self.learn, plain_sgd(self.learn.opt_func) or self.learn.opt_func):
         memory = step_memory(self.learn, self.device, 'as is' if frozen else 'all', valid=self.valid, prepare=prepare,
                              counter=Costs, dtype=torch.float16 if half else None)
     count = memory.step.count
@@ -177,6 +180,7 @@ def plan(self:_Planner, way, accum=None):
     memory = self.once(_memory, *setting, way['optimizer'])
     _,flops,launches = self.once(_trace, *setting)
     whole_flops = self.once(_trace, setting[0], False, False)[1]
+    if accum and accum > memory.n: raise ValueError(f'accums: a batch of {memory.n} cannot be run in {accum} chunks')
     m = math.ceil(memory.n/(accum or self.fewest(memory)))
     accum = math.ceil(memory.n/m)
     launches = launches*accum + self.once(_update, way['optimizer'], way['frozen'])[2]
@@ -192,7 +196,8 @@ def plan(self:_Planner, way, accum=None):
 def lacks(self:_Planner, way):
     "What the learner lacks for `way`, '' if nothing"
     if _with_optimizer(self.learn, way['optimizer']) is None:
-        return f'there is no fused form of {self.learn.opt_func}: expected optimizers with "as is" or "sgd", too'
+        kind = dict(fused='has no fused form, or is fused', sgd='is SGD without momentum').get(way['optimizer'])
+        return f'{self.learn.opt_func} {kind} already: expected optimizers with "as is", too'
     if not way['checkpointing']: return ''
     try: self.once(_trace, self.half(way), True, way['frozen'])
     except RuntimeError as e:
@@ -201,13 +206,17 @@ def lacks(self:_Planner, way):
     return ''
 
 # %% ../../nbs/paddy_multi/accumulate/19_plan.ipynb #q38
-def _check_accums(accums):
-    for o in accums or ():
-        if isinstance(o, bool) or not isinstance(o, Integral) or o < 1:
-            raise ValueError(f'accums are numbers of chunks, positive ints; found {o!r}')
+def _accums(asked):
+    "Numbers of chunks; None for the fewest that fit"
+    if asked is None: return [None]
+    found = _listed(asked)
+    for o in found or [asked]:
+        if isinstance(o, bool) or not isinstance(o, Integral) or o < 1 or not found:
+            raise ValueError(f'accums are numbers of chunks, a list of positive ints; found {o!r}')
+    return sorted(set(found))
 
-_note = ('\nSome layers are frozen now: all but the plans with the body frozen count them as training, as they do in '
-         'fine_tune or after unfreeze().')
+_note = ('\nSome layers are frozen now: all plans but those with the body frozen count them as'
+         '\ntraining, as they do in fine_tune or after unfreeze().')
 
 # %% ../../nbs/paddy_multi/accumulate/19_plan.ipynb #q40
 def plan_training(
@@ -224,7 +233,7 @@ def plan_training(
 )->TrainingPlans:
     "Ways to train `learn` within `budget`, ranked; `ValueError` for what cannot be read or combined"
     budget,reserve = parse_bytes(budget),None if reserve is None else parse_bytes(reserve, least=0)
-    _check_accums(accums)
+    accums = _accums(accums)
     asked = dict(precision=_precisions(learn, device, precisions), optimizer=_chosen('optimizers', optimizers),
                  checkpointing=_chosen('checkpointing', checkpointing), frozen=_frozen(learn, frozen))
     is_frozen,head = not all(p.requires_grad for p in learn.model.parameters()),asked['frozen'] == [True]
@@ -232,5 +241,5 @@ def plan_training(
     ways = [dict(zip(asked, o)) for o in itertools.product(*asked.values())]
     lacks = [planner.lacks(o) for o in ways]
     if all(lacks): raise ValueError(lacks[0])
-    plans = [planner.plan(way, accum) for way,lack in zip(ways, lacks) if not lack for accum in accums or [None]]
+    plans = [planner.plan(way, accum) for way,lack in zip(ways, lacks) if not lack for accum in accums]
     return TrainingPlans(plans, budget, _note if is_frozen and not head else '')

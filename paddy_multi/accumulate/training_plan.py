@@ -119,22 +119,32 @@ def _worth_it(self:TrainingPlans):
     return shown or {0: self.plans[0]}
 
 # %% ../../nbs/paddy_multi/accumulate/18_training_plan.ipynb #t21
-_levels = 'the same updates', 'other rounding', 'other statistics', 'another training'
+_updates = 'the same', 'other rounding', 'other BatchNorm', 'another training'
 
+def _row_text(o):
+    "What is shown of a plan"
+    return dict(updates=_updates[o.level], accum=o.accum, bs=o.bs, checkpointing='yes' if o.checkpointing else '',
+                precision=o.precision, optimizer=o.optimizer, frozen='yes' if o.frozen else '',
+                needs=_size_text(o.needs), FLOPs=f'{o.extra:+.0%}' if abs(o.extra) > .005 else '')
+
+def _table(shown):
+    "Text of plans by their rows, without columns that are empty"
+    table = pd.DataFrame({i: _row_text(o) for i,o in shown.items()}).T
+    return table.loc[:, (table != '').any()].to_string()
+
+# %% ../../nbs/paddy_multi/accumulate/18_training_plan.ipynb #t23
 @patch
 def __repr__(self:TrainingPlans):
-    n = sum(o.fits for o in self.plans)
-    head = f'{n} of {len(self.plans)} plans fit {_size_text(self.budget)}'
-    if not n: return f'{head}. The one that needs the least is {self.least}{self.note}'
-    def line(i, o): return f'{i:4} {_levels[o.level]}{f" ({o.changes})" if o.changes else ""}: {o}'
-    lines = [line(i, o) for i,o in self._worth_it().items()]
-    return '\n'.join([f'{head}. By their rows in df, the fastest of each kind:', *lines,
-                      f'{self._how_to()}{self.note}'])
+    n,least = sum(o.fits for o in self.plans),self.least
+    head,end = f'{n} of {len(self.plans)} plans fit {_size_text(self.budget)}. ',self.note
+    if not n: return f'{head}The one that needs the least:\n{_table({self.plans.index(least): least})}{end}'
+    head = f'{head}The fastest of each kind, by row; needs includes the reserve:'
+    return f'{head}\n{_table(self._worth_it())}\n{self._how_to()}{end}'
 
 @patch
 def _how_to(self:TrainingPlans):
-    if self.best.level < 3: return 'apply(learn) sets up row 0, plans[i].apply(learn) another.'
-    return 'All of these train in another way: plans[i].apply(learn) sets up the one that you choose.'
+    if self.best.level < 3: return 'apply(learn) sets up row 0, plans[i].apply(learn) row i; df has all rows.'
+    return 'All of these train in another way: plans[i].apply(learn) sets up the row that you choose.'
 
 # %% ../../nbs/paddy_multi/accumulate/18_training_plan.ipynb #t24
 @patch
