@@ -9,8 +9,6 @@ __all__ = []
 import torch
 from torch import Tensor
 
-from ..core.columns import zero
-
 # %% ../../nbs/paddy_multi/kinds/09_groups.ipynb #n006
 class TargetGroup:
     "Targets that are computed in one call"
@@ -29,22 +27,23 @@ class TargetGroup:
 
     def item_counts(self,
         y:Tensor, # Encoded targets of the group, as `rows` gives them
+        filled:Tensor=None, # The same as the target's `filled` gives them, if it is at hand
     )->tuple: # Which labels are there, and what these count, `[bs, n]`; the same tensor where each counts 1
-        "Counts of every item and target of the group"
-        valid = self.target.valid(y)
-        if self.target.counts_alike(): return [valid.view(-1, self.n)]*2
-        counts = self.target.counts(y.nan_to_num(0.))
-        counts = torch.where(valid, counts, zero(counts))
-        return valid.view(-1, self.n),counts.view(-1, self.n)
+        "Counts of every item and target of the group, any number where a label is missing"
+        valid = self.target.valid(y).view(-1, self.n)
+        if self.target.counts_alike(): return valid,valid
+        counts = self.target.counts(self.target.filled(y) if filled is None else filled)
+        return valid,counts.view(-1, self.n)
 
     def item_losses(self,
         preds:Tensor, # Output of the group `[bs, n*width]`
         targs:Tensor, # Encoded targets of the group `[bs, n*n_cols]`
-    )->tuple: # Losses, any number where a label is missing, and what `item_counts` gives, `[bs, n]`
+    )->tuple: # Losses and counts, any number where a label is missing, and which are there between, `[bs, n]`
         "Losses and counts of every item and target of the group"
         y = self.rows(targs)
-        valid,counts = self.item_counts(y)
-        losses = self.target.labelled_losses(self.rows(preds), y, valid.view(-1))
+        filled = self.target.filled(y)
+        valid,counts = self.item_counts(y, filled)
+        losses = self.target.labelled_losses(self.rows(preds), filled, valid.view(-1))
         return losses.view(-1, self.n),valid,counts
 
 # %% ../../nbs/paddy_multi/kinds/09_groups.ipynb #n011

@@ -9,6 +9,7 @@ __all__ = []
 import math
 import warnings
 from copy import copy
+from inspect import signature
 from numbers import Number, Real
 
 import torch
@@ -184,24 +185,31 @@ class ZeroWhereMissing(torch.autograd.Function):
     def setup_context(ctx, inputs, output): pass
     @staticmethod
     def backward(ctx, grad): return grad.contiguous(), None, None
+ZeroWhereMissing.forward.__signature__ = signature(ZeroWhereMissing.forward)  # PyTorch asks for it in each call
 
 def zero_where_missing(
     preds:Tensor, # Output columns `[n, width]`
     valid:Tensor, # Which rows have a label `[n]`
 )->Tensor: # `[n, width]`
     "`preds` with 0 beside a missing label"
-    return ZeroWhereMissing.apply(preds, valid[:,None], zero(preds))
+    run = ZeroWhereMissing.apply if preds.requires_grad else ZeroWhereMissing.forward
+    return run(preds, valid[:,None], zero(preds))
 
 # %% ../../nbs/paddy_multi/kinds/01_labelled.ipynb #m004
 class MaskedTarget(TargetLoss):
     "A target whose missing labels have no loss and no gradient"
+    def filled(self,
+        y:Tensor, # Label columns `[n, n_cols]`, NaN where missing
+    )->Tensor: # `[n, n_cols]`
+        "`y` with 0 for a missing label, for `labelled_losses` and `counts`"
+        return y.nan_to_num(0.)
+
     def labelled_losses(self,
         preds:Tensor, # Output columns `[n, width]`
-        y:Tensor, # Label columns `[n, n_cols]`, NaN where missing
+        y:Tensor, # Label columns `[n, n_cols]` as `filled` gives them
         valid:Tensor, # Which rows have a label `[n]`
     )->Tensor: # `[n]`, some finite number where the label is missing
         "The loss of each item, whose gradient is 0 where the label is missing"
-        y = y.nan_to_num(0.)
         if self._is_finite_at_0(): return self.losses(zero_where_missing(preds, valid), y)
         return self.losses(preds.where(valid[:,None], 0.), y).where(valid, 0.)
 

@@ -50,10 +50,10 @@ class TableLosses:
     def _cut(self, x, widths): return [x] if len(widths) == 1 else x.split(widths, 1)
     def _joined(self, found):
         found = [*zip(*found)]
-        if len(self.groups) == 1: return [o for o, in found]
         if self.counts_alike: found.pop()
-        found = [torch.cat(o, 1) for o in found]
-        return [*found, found[-1]] if self.counts_alike else found
+        *found,counts = [o[0] if len(o) == 1 else torch.cat(o, 1) for o in found]
+        if self.counts_alike: return [*found, counts, counts]
+        return [*found, torch.where(found[-1], counts, zero(counts))]
 
 def check_width(
     table:TargetTable, # Fitted targets
@@ -102,11 +102,11 @@ class MultiTargetLoss:
     def _share(self, losses, counts):
         "What one label adds to the total, by target in order of the groups; of any size where there is none"
         weights = self._weights_of(losses)
-        if self._losses.counts_alike and self.log_vars is None: return weights/counts
-        there = counts > 0
-        # The gradient of learned weights would be 0/0 where there is none
-        if self.log_vars is not None: counts = counts.where(there, 1.)
-        return torch.where(there, weights/counts, zero(weights))
+        if self.log_vars is None:
+            # Labels whose classes weigh nothing add nothing, though they are there
+            return weights/counts if self._losses.counts_alike else (weights/counts).nan_to_num(0., 0.)
+        there = counts > 0  # the gradient of learned weights would be 0/0 where there is none
+        return torch.where(there, weights/counts.where(there, 1.), zero(weights))
 
     def _weights_of(self, losses):
         "Factor of each target beside `losses`, in order of the groups"
