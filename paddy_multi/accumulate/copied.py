@@ -18,13 +18,12 @@ from fastai.torch_core import no_random
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .cuda_kernels import CudaKernels
 from .microbatch import MicroBatch
 from ..core.cuda_autocast import CudaAutocast, autocast_anywhere
-from ..core.fake_tensors import Answers, CopyToFake, fake_like, kept_plain
+from ..core.fake_tensors import Answers, CopyToFake, FakeMode, fake_like, kept_plain
 
 # %% ../../nbs/paddy_multi/accumulate/11_copied.ipynb #n008
 class ItemSpec(NamedTuple):
@@ -141,7 +140,7 @@ class FakeLearner:
     ):
         self.kernels = 'formula' if device == 'cuda' and not _has_cuda() else device
         self.device = 'cuda' if self.kernels == 'cuda' else 'cpu'
-        self.fake,self.count,self.sm = FakeTensorMode(allow_non_fake_inputs=True),count,sm
+        self.fake,self.count,self.sm = FakeMode(),count,sm
         self.answers = Answers(self.fake, self.device)
         self.learn = copied_learner(learn, self.fake, self.device)
         self.model = self.learn.model

@@ -8,10 +8,13 @@ __all__ = ['aten']
 # %% ../../nbs/paddy_multi/core/16_fake_tensors.ipynb #n003
 import threading
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    FakeTensor, FakeTensorMode, in_kernel_invocation_manager, unset_fake_temporarily)
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -66,6 +69,101 @@ def kept_plain(): # A context
     def as_subclass(t, cls): return t if isinstance(t, FakeTensor) else before(t, cls)
     return replaced_in_thread(torch, 'as_subclass', as_subclass)
 
+# %% ../../nbs/paddy_multi/core/16_fake_tensors.ipynb #r002
+class _Unusual(Exception): "An operation on something that is not looked up"
+
+_plain = {type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format}
+
+def _facts(o):
+    "All of an argument that can decide what an operation makes of it"
+    if type(o) in _plain: return type(o), o
+    if isinstance(o, (list, tuple)): return type(o), *map(_facts, o)
+    if not isinstance(o, FakeTensor) or o.constant is not None or o.layout != torch.strided: raise _Unusual
+    return (o.shape, o.stride(), o.storage_offset(), o.untyped_storage().nbytes(), o.dtype, o.fake_device,
+            o.requires_grad, o.is_conj(), o.is_neg())
+
+# %% ../../nbs/paddy_multi/core/16_fake_tensors.ipynb #r005
+class _Result(NamedTuple):
+    "A tensor that an operation gave, or `None`, which has neither of both"
+    of:int|None=None # Place of the argument that it is, or whose memory it has; None if it is new
+    like:tuple|None=None # Shape, strides, offset, bytes, type and device; None if it is the argument itself
+
+    def again(self, fake, args):
+        if self.like is None: return None if self.of is None else args[self.of]
+        shape,stride,offset,_,dtype,device = self.like
+        with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+            first = shape if self.of is None else (0,)*len(shape)
+            elem = torch.empty_strided(first, stride, dtype=dtype, device='meta')
+            if self.of is not None: elem.set_(args[self.of].untyped_storage(), offset, shape, stride)
+        return FakeTensor(fake, elem, device)
+
+# %% ../../nbs/paddy_multi/core/16_fake_tensors.ipynb #r006
+def _address(t): return t.untyped_storage()._cdata
+
+def _result(fake, out, args):
+    "What `out` is to `args`; `_Unusual` if it cannot be made again"
+    if out is None: return _Result()
+    if not isinstance(out, FakeTensor): raise _Unusual
+    same = [i for i,o in enumerate(args) if o is out]
+    if same: return _Result(same[0])
+    *like,_,conj,neg = _facts(out)
+    of = next((i for i,o in enumerate(args) if isinstance(o, Tensor) and _address(o) == _address(out)), None)
+    res = _Result(of, tuple(like))
+    if conj or neg or res.again(fake, args).untyped_storage().nbytes() != like[3]: raise _Unusual
+    return res
+
+# %% ../../nbs/paddy_multi/core/16_fake_tensors.ipynb #r008
+_changing = {torch.Tag.inplace_view, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+def _tensors(args):
+    "`args`, with what lists hold in their place"
+    return [o for arg in args for o in (arg if isinstance(arg, (list, tuple)) else [arg])]
+
+def _results(fake, func, out, args):
+    "Is `out` a list, a tuple or a tensor, and what each of it is to `args`; None where nothing can be said"
+    if func.namespace != 'aten' or _changing & set(func.tags) or 'lift' in func.name(): return None
+    outs = out if isinstance(out, (list, tuple)) else [out]
+    try: found = [_result(fake, o, args) for o in outs]
+    except _Unusual: return None
+    new = [_address(o) for o,result in zip(outs, found) if result.like and result.of is None]
+    return (type(out), found) if len(new) == len(set(new)) else None  # none shares its memory with another
+
+# %% ../../nbs/paddy_multi/core/16_fake_tensors.ipynb #r011
+class FakeMode(FakeTensorMode):
+    "PyTorch's mode for fake tensors, which works out once what an operation makes of tensors that are alike"
+    made,limit = {},50_000  # results by what was asked, and how many of them are kept
+    def __init__(self):
+        super().__init__(allow_non_fake_inputs=True)
+        self.cache_enabled = False
+
+    def dispatch(self, func, types, args=(), kwargs={}):
+        everything = *args,*kwargs.values()
+        try: key = func, *_state(), tuple(kwargs), _facts(everything)
+        except _Unusual: return super().dispatch(func, types, args, kwargs)
+        if key not in self.made: return self._work_out(key, func, types, args, kwargs)
+        if (found := self.made[key]) is None: return super().dispatch(func, types, args, kwargs)
+        kind,results = found
+        tensors = _tensors(everything)
+        outs = [o.again(self, tensors) for o in results]
+        return outs if kind is list else tuple(outs) if issubclass(kind, tuple) else outs[0]
+
+def _state():
+    return torch.get_default_dtype(), torch._C._get_default_device(), torch.is_inference_mode_enabled()
+
+# %% ../../nbs/paddy_multi/core/16_fake_tensors.ipynb #r012
+_views = torch.ops.aten.view.default,torch.ops.aten._unsafe_view.default
+
+@patch
+def _work_out(self:FakeMode, key, func, types, args, kwargs):
+    "What `func` makes, and a note of it"
+    if func in _views:
+        with in_kernel_invocation_manager(self): elem = func(*args)
+        out = FakeTensor(self, elem, args[0].fake_device)
+    else: out = super(FakeMode, self).dispatch(func, types, args, kwargs)
+    if len(self.made) >= self.limit: self.made.clear()
+    self.made[key] = _results(self, func, out, _tensors((*args, *kwargs.values())))
+    return out
+
 # %% ../../nbs/paddy_multi/core/16_fake_tensors.ipynb #n019
 aten = torch.ops.aten
 _answers = {}  # a function for each operation
@@ -109,6 +207,7 @@ class Answers(TorchDispatchMode):
         self.number,self.asked = 2,0  # what a number is, and how often was guessed
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor): return args[0].fake_device
         known = func not in _answers or func is aten.index.Tensor and not _has_mask(args[1])
         if known: return _run_on(self.device, self.fake, func, args, kwargs or {})
         self.asked += 1
