@@ -505,6 +505,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'paddy_multi/accumulate/passes.py'),
                                                'paddy_multi.accumulate.passes._loss_unmixed': ( 'paddy_multi/accumulate/passes.html#_loss_unmixed',
                                                                                                 'paddy_multi/accumulate/passes.py'),
+                                               'paddy_multi.accumulate.passes._part_of': ( 'paddy_multi/accumulate/passes.html#_part_of',
+                                                                                           'paddy_multi/accumulate/passes.py'),
                                                'paddy_multi.accumulate.passes._part_unmixed': ( 'paddy_multi/accumulate/passes.html#_part_unmixed',
                                                                                                 'paddy_multi/accumulate/passes.py'),
                                                'paddy_multi.accumulate.passes._unmixed': ( 'paddy_multi/accumulate/passes.html#_unmixed',

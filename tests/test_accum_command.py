@@ -57,13 +57,16 @@ def test_a_reserve_of_a_size(tmp_path):
 def test_plans_are_printed_and_kept(tmp_path):
     found, said = kept(tmp_path, '--plan', '--frozen', '--budget', '100MB')
     assert found['settings']['frozen'] and len(found['plans']) > 1
-    assert said.count('accum') > 2
+    assert 'plans fit 100 MB' in said and max(map(len, said.splitlines())) <= 120
+    own = [o for o in found['plans'] if (o['precision'], o['optimizer'], o['checkpointing']) == ('fp16', 'as is', False)]
+    assert [(o['accum'], o['total']) for o in own] == [(found['found']['accum'] or 4, found['found']['total'])]
 
 
 @pytest.mark.parametrize('options, said, code', [
     (('--optimizer', 'lion'), "'lion' is not one of 'adam', 'adamw', 'fused-adamw'", 2),
     (('--bf16', '--fp16'), 'expected one precision, found two', 2),
     (('--budget', 'much'), "expected a size such as '16GB'", 1),
+    (('--reserve', '16GB', '--budget', '16GB'), 'expected less than the budget of 16GB, found 16GB', 2),
     (('--reserve', '1'), "expected a size such as '16GB'", 1),
     (('--arch', 'resnet'), "timm knows no architecture 'resnet'", 1),
     (('--bs', '0'), 'greater than or equal to 1', 2)])

@@ -113,6 +113,13 @@ def _precision(fp16, bf16):
     if bf16 and fp16 is not None: refuse('expected one precision, found two: leave --fp16 or --fp32 out', '--bf16')
     return 'bf16' if bf16 else 'fp32' if fp16 is False else 'fp16'
 
+def _check_room(budget, reserve):
+    "Can both be read, and is there something left of the budget?"
+    from paddy_multi.accumulate.memory import parse_bytes
+    room = parse_bytes(budget)
+    if reserve is not None and parse_bytes(reserve, least=0) >= room:
+        refuse(f'expected less than the budget of {budget}, found {reserve}', '--reserve')
+
 def _plans(learn, budget, reserve, frozen):
     "The table of `plan_training`, after it was printed"
     from paddy_multi.accumulate.plan import plan_training
@@ -122,7 +129,7 @@ def _plans(learn, budget, reserve, frozen):
 
 # %% ../../nbs/paddy_multi/cli/01_accum.ipynb #n106
 def _print(memory, found, settings):
-    megabytes = (memory.drop(columns='items')/1e6).round().astype(int)
+    megabytes = (memory.drop(columns='items')/1e6).round().astype(int).T
     head = ', the head alone' if settings['frozen'] else ''
     echo('{arch}, {size} px, batches of {bs}, {optimizer}, {precision}'.format(**settings) + head +
          f'. Predicted MB at the peak:\n\n{megabytes.to_string()}\n\n{found}')
@@ -131,33 +138,34 @@ def _print(memory, found, settings):
 def accum_command(
     out:Annotated[Path, typer.Option(
         help='Folder to write accum.json and accum.png to.', metavar='FOLDER')]=Path('accum'),
-    arch:Annotated[str, typer.Option(help='Architecture: a name of timm.')]='convnext_small.fb_in22k',
+    arch:Annotated[str, typer.Option(metavar='NAME', help='Architecture: a name of timm.')]='convnext_small.fb_in22k',
     size:Annotated[str, typer.Option(
-        help='Size of the pictures in pixels: 224, or height x width as 320x240.')]='224',
-    bs:Annotated[int, typer.Option(min=1, help='Pictures a batch: what an update should see.')]=64,
+        metavar='PIXELS', help='Size of the pictures: 224, or height x width as 320x240.')]='224',
+    bs:Annotated[int, typer.Option(
+        min=1, metavar='N', help='Pictures a batch: what an update should see.')]=64,
     budget:Annotated[str, typer.Option(
-        help='Memory of the card for PyTorch: 16GB (10**9) or 16GiB (2**30).')]='16GB',
+        metavar='SIZE', help='Memory of the card for PyTorch: 16GB (10**9) or 16GiB (2**30).')]='16GB',
     reserve:Annotated[str|None, typer.Option(
-        help='Part of it that is not for tensors, as 1GB; 0 for none.', show_default='as predicted')]=None,
-    n_out:Annotated[int, typer.Option(min=1, help='Outputs of the model.')]=10,
+        metavar='SIZE', help='Part of the budget that is not for tensors, as 1GB; 0 for none.',
+        show_default='as predicted')]=None,
+    n_out:Annotated[int, typer.Option(min=1, metavar='N', help='Outputs of the model.')]=10,
     optimizer:Annotated[Literal['adam', 'adamw', 'fused-adamw', 'sgd', 'momentum'], typer.Option(
         '--optimizer', '--opt',
         help="adam, sgd and momentum (SGD with it) are fastai's, adamw and fused-adamw PyTorch's.")]='adam',
     fp16:Annotated[bool|None, typer.Option(
-        '--fp16/--fp32', help='Mixed precision, or none?', show_default='fp16')]=None,
-    bf16:Annotated[bool, typer.Option('--bf16', help='Mixed precision with bfloat16 instead.')]=False,
-    frozen:Annotated[bool, typer.Option('--frozen', help='Train the head alone.')]=False,
+        '--fp16/--fp32', help='Mixed precision with float16, or none?', show_default='fp16')]=None,
+    bf16:Annotated[bool, typer.Option('--bf16', help='Mixed precision with bfloat16.')]=False,
+    frozen:Annotated[bool, typer.Option('--frozen', help='The head alone trains.')]=False,
     plan:Annotated[bool, typer.Option(
-        '--plan', help='Try precisions, checkpointing, optimizers and a frozen body, too.')]=False,
+        '--plan', help='Try other precisions, checkpointing, optimizers and a frozen body, too.')]=False,
     overwrite:Annotated[bool, typer.Option('--overwrite', help='Replace results that are there.')]=False,
 ):
     "Predict the memory of training a model, and how many chunks its batches need to fit a card."
-    from paddy_multi.accumulate.memory import find_accumulation, parse_bytes, predict_memory
+    from paddy_multi.accumulate.memory import find_accumulation, predict_memory
     check_folder(out, ('accum.json', 'accum.png'), overwrite)
     precision = _precision(fp16, bf16)
     with speaking_options(OSError, ValueError, RuntimeError, MemoryError):  # of models too deep for the size, too
-        parse_bytes(budget)
-        if reserve is not None: parse_bytes(reserve, least=0)
+        _check_room(budget, reserve)
         settings = dict(arch=arch, size=size, bs=bs, n_out=n_out, optimizer=optimizer, precision=precision,
                         frozen=frozen, budget=budget, reserve=reserve)
         learn = _learner(arch, *_sides(size), bs, n_out, optimizer, precision, frozen)
