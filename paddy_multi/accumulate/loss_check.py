@@ -124,10 +124,17 @@ def _name(loss):
     return getattr(loss, '__name__', type(loss).__name__)
 
 def _text(loss, apart, n, split, bs):
-    far = f'are {apart:.2g} of the largest apart' if math.isfinite(apart) else 'are NaN in one of the two'
-    return (f'{_name(loss)} does not add up over chunks: for {n} items, as one batch and as chunks of {split} and '
-            f'{n-split}, its gradients {far}. Give it a method `parts(preds, targs)` as MultiTargetLoss has, or run '
-            f'the loss on whole batches: MicroBatch({bs}, whole_head=True)')
+    far = f'differ by up to {100*apart:.3g} % of the largest' if math.isfinite(apart) else 'are NaN in one of the two'
+    return (f'{_name(loss)} does not add up over chunks: they would train another model than whole batches. Compared '
+            f'were the gradients of {n} items as one batch and as chunks of {split} and {n-split}: they {far}, and a '
+            'mean over items gives equal ones. The loss may compare items, or divide by something they share, such as '
+            f'the number of valid labels. Run it on whole batches: MicroBatch({bs}, whole_head=True), or give it a method '
+            '`parts(preds, targs)` that returns its sums and what they are divided by, as MultiTargetLoss has')
+
+def _sum_text(loss, n, split):
+    return (f'{_name(loss)} does not add up over chunks as a mean does: it is a sum. That of {n} items is those of '
+            f'chunks of {split} and {n-split} together. Divide it by the number of items, or say what it is: set '
+            "`reduction = 'sum'` on the loss, whose chunks are then added as they are")
 
 # %% ../../nbs/paddy_multi/accumulate/02_loss_check.ipynb #p007
 @contextmanager
@@ -156,14 +163,23 @@ def check_adds_up(
     pieces,start = [slice(0, split), slice(split, n)],get_random_states()
     try:
         with _unchanged(loss, bs), torch.enable_grad(), _SameNumbers():
-            whole = _gradients(loss, preds, targs, [slice(0, n)], n, start)
-            chunked = _gradients(part_of(*targs), preds, targs, pieces, n, start)
+            def grads(part, pieces): return _gradients(part, preds, targs, pieces, n, start)
+            whole = grads(loss, [slice(0, n)])
+            apart,tolerance = _furthest(whole, grads(part_of(*targs), pieces)),_tolerance(whole)
+            is_sum = apart > tolerance and _is_sum(whole, [grads(loss, [o]) for o in pieces], tolerance)
     except Exception as e:
         e.add_note(f'while {_name(loss)} was looked at for {n} items of a batch, to see whether it adds up over chunks')
         raise
     finally: set_random_states(**start)
-    apart = max(map(_apart, whole, chunked), default=0.)
-    if apart > _tolerance(whole): raise ValueError(_text(loss, apart, n, split, bs))
+    if is_sum: raise ValueError(_sum_text(loss, n, split))
+    if apart > tolerance: raise ValueError(_text(loss, apart, n, split, bs))
+
+def _furthest(whole, chunked): return max(map(_apart, whole, chunked), default=0.)
+
+def _is_sum(whole, each, tolerance):
+    "Do the gradients of `each` chunk alone, none of which is 0, give those of the whole?"
+    if not all(any(o.any() for o in grads) for grads in each): return False  # as of a chunk without labels
+    return _furthest(whole, [sum(o) for o in zip(*each)]) <= tolerance
 
 def _tolerance(grads):
     "3e-2 where half precision takes part, else 1e-3"
