@@ -22,13 +22,15 @@ from pathlib import Path
 
 import timm
 import torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelEpochException
+from fastai.callback.progress import ProgressCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam, OptimWrapper, SGD
+from fastcore.basics import noop
 from harness import QUICK, RESULTS, Case, about, digits, dumps, failures, measure, save
 from multi_target import WIDTH, all_by_hand, batch, declared
 from sliced import loss_by_hand, seen
@@ -343,9 +345,14 @@ def plain_loop(model, batch, chunk, n, precision):
     return run
 
 def in_learner(model, batches, precision, *cbs):
+    "At each call one more epoch of a fit that goes on, so that what is looked at once in a fit is not timed"
     learn = Learner(loaders(batches), model, loss_func=CrossEntropyLossFlat(), opt_func=AdamW, lr=1e-6, cbs=cbs)
     precise(learn, precision)
-    return partial(fit, learn)
+    learn.remove_cb(ProgressCallback)
+    learn.create_opt()
+    learn.n_epoch, learn.logger = 1, noop
+    learn('before_fit')
+    return partial(learn._with_events, learn._do_epoch_train, 'epoch', CancelEpochException)
 
 def loops(arch, size, bs, chunk, precision, n):
     def model(): return timm.create_model(arch, num_classes=10).to(device())
@@ -356,9 +363,9 @@ def loops(arch, size, bs, chunk, precision, n):
             'GradientAccumulation': in_learner(model(), small*n, precision, GradientAccumulation(bs)),
             'whole batches': in_learner(model(), [batch]*n, precision)}
 
-def compiled(arch, size, bs, chunk, modes, n):
+def compiled(arch, size, bs, chunk, modes, precision, n):
     "Eager and compiled, whole and in chunks"
-    batch, precision = images(bs, size), 'bf16' if on_gpu() else 'fp32'
+    batch = images(bs, size)
     def variant(mode, *cbs):
         model = timm.create_model(arch, num_classes=10, drop_path_rate=0.).to(device())
         return in_learner(torch.compile(model, mode=mode) if mode else model, [batch]*n, precision, *cbs)
@@ -366,20 +373,20 @@ def compiled(arch, size, bs, chunk, modes, n):
             for way, cbs in (('whole', []), ('chunks', [MicroBatch(chunk)]))}
 
 def speed_cases(quick):
-    steps = [('convnext_small', 128, 64, 16, 'fp16', 4), ('convnext_small', 128, 64, 16, 'fp32', 4),
-             ('convnext_atto', 64, 64, 16, 'fp32', 8), ('vit_small_patch16_224', 224, 256, 64, 'fp16', 2)]
-    if quick: steps = [('test_convnext', 32, 8, 4, 'fp32', 1)]
-    def step(arch, size, bs, chunk, kind, n):
+    "Each variant runs so many batches a round that a round takes a tenth of a second and more"
+    steps = [('convnext_small', 128, 64, 16, 'fp16', 6), ('convnext_small', 128, 64, 16, 'fp32', 6),
+             ('convnext_atto', 64, 64, 16, 'fp32', 12), ('vit_small_patch16_224', 224, 256, 64, 'fp16', 4)]
+    whole, modes = ('convnext_nano', 128, 64, 16, 'bf16', 8), ['default', 'reduce-overhead']
+    if quick: steps, whole, modes = [('test_convnext', 32, 8, 4, 'fp32', 1)], ('test_convnext', 32, 8, 4, 'fp32', 1), []
+    def case(name, make, arch, size, bs, chunk, kind, n, **kwargs):
         params = dict(arch=arch, size=size, bs=bs, chunk=chunk, precision=kind, batches=n)
-        return Case('whole batches in chunks', partial(loops, arch, size, bs, chunk, kind, n), params, rounds=20)
-    def targets(name, runs, n):
-        return Case(name, partial(runs, n), dict(targets=n), rounds=24)
+        return Case(name, partial(make, arch, size, bs, chunk, precision=kind, n=n, **kwargs), params, rounds=12)
+    def targets(name, runs, n): return Case(name, partial(runs, n), dict(targets=n), rounds=24)
     counts = (2,) if quick else (2, 10, 40, 100)
-    modes, arch = ([], 'test_convnext') if quick else (['default', 'reduce-overhead'], 'convnext_nano')
-    size, bs, chunk, n = (32, 8, 4, 1) if quick else (128, 64, 16, 8)
-    whole = Case('torch.compile', partial(compiled, arch, size, bs, chunk, modes, n), dict(arch=arch, bs=bs), rounds=12)
-    return [*(step(*o) for o in steps), *(targets('loss', loss_runs, n) for n in counts),
-            *(targets('metrics and losses', metric_runs, n) for n in counts), whole]
+    return [*(case('whole batches in chunks', loops, *o) for o in steps),
+            *(targets('loss', loss_runs, n) for n in counts),
+            *(targets('metrics and losses', metric_runs, n) for n in counts),
+            case('torch.compile', compiled, *whole, modes=modes)]
 
 # --- what was imported ------------------------------------------------------------------------------------------------
 IMPORTED = GPU/'imported_h200.json'
