@@ -158,6 +158,7 @@ def coupling_text(
     mixing:list, # What `mixing_layers` gave
     changed:list, # What `watch_state` found
     adds_up:bool=True, # What `scalar_adds_up` gave
+    in_head:bool=True, # Does one of the layers or buffers lie in a head that could see whole batches?
 )->str: # Empty if there is nothing to say
     "What to tell somebody who trains such a model in chunks"
     def listed(names): return ', '.join(names[:4]) + (f' and {len(names)-4} more' if len(names) > 4 else '')
@@ -169,7 +170,7 @@ def coupling_text(
             'items along the first dimension of all inputs, targets and outputs, if time lies there'] if mixing else []
     if changed: ways.append('no state')
     if not adds_up: ways.append("whole batches, or a loss of the outputs instead of the model's own")
-    if mixing or changed: ways.append('MicroBatch(bs, whole_head=True) if they are in the head')
+    if (mixing or changed) and in_head: ways.append('MicroBatch(bs, whole_head=True) for what is in the head')
     return ' '.join(['Updates in chunks are not those of whole batches.', *parts, 'Ways out:', '; '.join(ways)])
 
 # %% ../../nbs/paddy_multi/accumulate/04_coupling.ipynb #n031
@@ -186,6 +187,9 @@ class RowsOfState:
 
     def keep(self, items:slice):  # Take the rows of `items` that the model has left
         for m,kept in zip(self.modules, self.kept): kept.append((m.hidden, m.bs, items.stop-items.start))
+
+    def __enter__(self): return self
+    def __exit__(self, *args): self.whole()
 
     def whole(self):  # Leave the rows of all items in the model; those of before if not all chunks were run
         for m,start,kept in zip(self.modules, self.start, self.kept):
@@ -205,6 +209,6 @@ def _joined_rows(states):
 def rows_of_state(
     model:nn.Module, # Any model; nothing happens to one without such state
     n:int, # Items in the batch
-)->RowsOfState: # To `show` and `keep` round each chunk, and to make `whole` at the end
+)->RowsOfState: # For `with`; to `show` and `keep` round each chunk, and to make `whole` at the end
     "The hidden state that fastai's language models keep from batch to batch, by rows of the batch"
     return RowsOfState(model, n)

@@ -15,13 +15,12 @@ from fastai.callback.core import CancelBatchException, CancelStepException
 from fastai.callback.rnn import RNNRegularizer
 from fastcore.basics import patch
 
-from .batches import (batch_size, check_learner, even_chunks, joined, show_items,
-                                            whole_again)
+from .batches import batch_size, check_learner, even_chunks, show_items, whole_again
 from .chunks import learner_chunk_loss
 from .coupling import mixing_layers, rows_of_state
 from .halving import Halving
 from .outputs import (FewItems, NotKept, Reach, detached, equal_chunks, is_compiled,
-                                            keeps_outputs, reuses_memory)
+                                            joined_outputs, keeps_outputs, reuses_memory)
 from .passes import warns_of_mixing
 from .whole_head import backward_in_chunks, body_and_head, features_in_chunks, one_input
 
@@ -29,7 +28,7 @@ from .whole_head import backward_in_chunks, body_and_head, features_in_chunks, o
 class MicroBatch(Halving):
     "Run every batch `bs` items at a time, and update once, as the whole batch would"
     order,reads_outputs = math.inf,False  # after all that prepare the batch
-    _mixes = None
+    _mixes,_adds_up = None,False
     def __init__(self,
         bs:int, # Items on the device at a time
         whole_head:bool=False, # Run the last part and the loss on the whole batch? Exact with BatchNorm there
@@ -56,10 +55,11 @@ class MicroBatch(Halving):
 @patch
 def before_fit(self:MicroBatch):
     "Refuse what cannot be split"
+    self._mixes = None
     if self.learn.lock.locked(): return  # validation, which never unlocks the learner after an error here
     check_learner(self.learn, self)
     if self.whole_head: body_and_head(self.model)
-    self._batches,self._due,self._reach,self._warned,self._mixes = 0,1,Reach(),False,None
+    self._batches,self._due,self._reach,self._warned,self._adds_up = 0,1,Reach(),False,False
 
 # %% ../../nbs/paddy_multi/accumulate/09_microbatch.ipynb #n018
 @patch
@@ -70,13 +70,6 @@ def _chunks(self:MicroBatch):  # A slice for each chunk of the batch, and the nu
         raise ValueError('RNNRegularizer leaves out a chunk of one text, though not a batch of several: '
                          f'use MicroBatch(3) or more, found {self.bs} for a batch of {self.n}')
     return chunks, sizes
-
-@patch
-@contextmanager
-def _rows(self:MicroBatch):  # Gives each chunk the rows of hidden state that are its own
-    rows = rows_of_state(self.model, self.n)
-    try: yield rows
-    finally: rows.whole()
 
 @patch
 def _output(self:MicroBatch, rows, items):  # Output of the model for the `items` that the learner shows
@@ -92,6 +85,7 @@ def _looks_at_loss(self:MicroBatch, known):  # Is this batch one that the loss i
     grows,self._batches = not known and self._reach.grows(self.learn.yb),self._batches+1
     due = self._batches == self._due
     if due: self._due = 2*self._due+99
+    if known and self.split and not hasattr(self.learn.loss_func, 'parts'): return False
     return due and (not known or self._batches == 1) or grows
 
 # %% ../../nbs/paddy_multi/accumulate/09_microbatch.ipynb #k003
@@ -117,7 +111,7 @@ def _run_chunks(self:MicroBatch):
     keep = keeps_outputs(learn) if self.keep is None else self.keep
     chunks,sizes = self._chunks()
     few = FewItems(learn.yb, self.n, chunks)
-    with whole_again(learn) as whole, self._rows() as rows:
+    with whole_again(learn) as whole, rows_of_state(self.model, self.n) as rows:
         for items in chunks:
             show_items(learn, whole, items, self.split)
             total = total + self._train_chunk(rows, items, part)
@@ -126,8 +120,9 @@ def _run_chunks(self:MicroBatch):
             learn.pred = None
             if looks and few.are_all_here():
                 self.check_loss(*few.all(), self.bs)
-                looks = False
-    learn.pred,learn.loss,learn.loss_grad = joined(outs, sizes) if keep else NotKept(),total,total
+                looks,self._adds_up = False,True
+    learn.pred = joined_outputs(outs, sizes, self.split) if keep else NotKept()
+    learn.loss,learn.loss_grad = total,total
 
 # %% ../../nbs/paddy_multi/accumulate/09_microbatch.ipynb #n026
 @patch
@@ -167,7 +162,7 @@ def _part_in_valid(self:MicroBatch):
     learn,self._shown = self.learn,self.n
     if not len(learn.yb) or self.whole_head or self.keep or len(learn.metrics) or keeps_outputs(learn): return None
     part,known = learner_chunk_loss(learn, count=lambda *targs: self._shown)
-    return part if known or self._batches > 1 else None
+    return part if known or self._adds_up else None
 
 @patch
 def _sum_valid(self:MicroBatch, part):
@@ -175,7 +170,7 @@ def _sum_valid(self:MicroBatch, part):
     learn,(chunks,_) = self.learn,self._chunks()
     whole,total = (learn.xb, learn.yb, []),0.
     try:
-        with self._rows() as rows:
+        with rows_of_state(self.model, self.n) as rows:
             for items in chunks:
                 show_items(learn, whole, items, self.split)
                 self._shown = items.stop-items.start
@@ -195,7 +190,7 @@ def _run_valid(self:MicroBatch):
     if part := self._part_in_valid(): return self._sum_valid(part)
     try: outs,sizes = self._outputs(xb, yb)
     finally: learn.xb,learn.yb = xb,yb
-    learn.pred = joined(outs, sizes)
+    learn.pred = joined_outputs(outs, sizes, self.split)
     del outs
     learn('after_pred')
     if len(learn.yb):
@@ -210,7 +205,7 @@ def _outputs(self:MicroBatch, xb, yb):  # Outputs of the chunks and their sizes;
         feats,_ = features_in_chunks(body, one_input(xb, self.bs), even_chunks(self.n, self.bs), again=False)
         return [head(feats)], [self.n]
     outs,(chunks,sizes) = [],self._chunks()
-    with self._rows() as rows:
+    with rows_of_state(self.model, self.n) as rows:
         for items in chunks:
             show_items(self.learn, (xb, yb, []), items, self.split)
             outs.append(detached(self._output(rows, items), copied=self._reused))
@@ -221,6 +216,7 @@ def _outputs(self:MicroBatch, xb, yb):  # Outputs of the chunks and their sizes;
 def before_batch(self:MicroBatch):
     "Run the chunks, and make the step of a training batch; then tell fastai that nothing is left to do"
     if self.training and not len(self.yb): return  # nor does fastai update without a target
+    self.learn.xb,self.learn.yb = tuple(self.xb),tuple(self.yb)  # loaders of PyTorch give lists
     self.n,self._reused = batch_size(self.xb, self.yb, self.split),reuses_memory(self.model)
     self.begin()
     try:
@@ -236,8 +232,9 @@ def before_batch(self:MicroBatch):
 def _mixes_in_valid(self:MicroBatch):
     "Do layers mix the items of a batch in validation too? Asked at the first batch that is larger than a chunk"
     if self.n <= self.bs or self.whole_head: return False
-    if self._mixes is not None: return self._mixes
-    self._mixes = bool(mixing_layers(self.model, () if self.split else self.learn.xb, self.n, self.bs))
+    if self._mixes is None:
+        xb,bs = () if self.split else self.learn.xb,max(self.bs//2, 1)  # with a copy of their inputs as much as a chunk
+        self._mixes = bool(mixing_layers(self.model, xb, self.n, bs))
     return self._mixes
 
 @patch
@@ -247,4 +244,7 @@ def _train(self:MicroBatch):  # Gradient of the batch, then the step
     try:
         self.backward_done()
         self.learn._with_events(self.learn._step, 'step', CancelStepException)
-    finally: self.opt.zero_grad()
+    except BaseException as e:
+        if not isinstance(e, CancelBatchException): self.opt.zero_grad()  # else a callback adds up several batches
+        raise
+    self.opt.zero_grad()

@@ -86,6 +86,21 @@ def copy_gradients(
     for p in model.parameters():
         if p.grad is not None: p.grad = p.grad.clone()
 
+# %% ../../nbs/paddy_multi/accumulate/06_outputs.ipynb #3dc11cdd
+def joined_outputs(
+    parts:list, # Outputs of the chunks
+    sizes:list, # How many items each chunk had
+    split=None, # The function that made the chunks, if they were not cut along the first dimension
+): # The output for all items
+    "Outputs of chunks as one; `ValueError` where it cannot be told where their items are"
+    for same in zip(*map(tensors_in, parts)) if split and len(parts) > 1 else ():
+        places = [d for d in range(same[0].ndim) if [t.shape[d] for t in same] == [*sizes]]
+        if 0 in places and len(places) > 1:
+            raise ValueError(f'MicroBatch cannot tell along which dimension of the output its items are, found '
+                             f'{found(same[0])} for {sizes[0]} items. Take chunks of another size, or let nobody read '
+                             'the output: no metric, and MicroBatch(bs, keep=False)')
+    return joined(parts, sizes)
+
 # %% ../../nbs/paddy_multi/accumulate/06_outputs.ipynb #n018
 def equal_chunks(
     n:int, # Items in the batch
@@ -128,11 +143,14 @@ class FewItems:
         "Outputs and targets of the items, and how many of them make the first of two chunks"
         found,sizes = torch.cat(self.found).tolist(),[*map(len, self.found)]
         order = torch.tensor([found.index(i) for i in self.places.tolist()])
-        preds,targs = (cut(joined(o, sizes), order, len(found)) for o in (self.preds, self.yb))
+        preds = cut(joined(self.preds, sizes), order, len(found))
+        try: targs = cut(joined(self.yb, sizes), order, len(found))
+        except ValueError: targs = cut(self.targs, self.places, self.n)  # lists in chunks of one item say too little
         self.preds = self.yb = self.found = ()  # the check shall have their memory
         return preds, targs, self.split
 
 def _cut_first(o, items, n, what):
+    if len(items) == n: return o
     try: return cut(o, items, n)
     except ValueError as e:
         raise ValueError(f'the check of the loss needs the {what} of a chunk with its items along the first dimension, '

@@ -24,6 +24,7 @@ from .chunks import chunk_loss, item_counter, learner_chunk_loss
 from .coupling import coupling_text, mixing_layers, scalar_adds_up, watch_state
 from .loss_check import check_adds_up
 from .outputs import copy_gradients
+from .whole_head import in_head
 from ..core.tensors import replaced
 
 # %% ../../nbs/paddy_multi/accumulate/07_passes.ipynb #n007
@@ -108,6 +109,17 @@ def _part_unmixed(mix, *targs):
         with _unmixed(mix, targs): return part(preds, *targs)
     return part_unmixed
 
+def _part_of(loss, preds, *targs):
+    "Parts of `loss` that count items in the output too, as a list of targets may hold items or columns"
+    count = item_counter(*targs, preds)
+    shown = count(*targs, preds)
+    part = chunk_loss(loss, *targs, count=lambda *targs: shown)
+    def part_of_chunk(preds, *targs):
+        nonlocal shown
+        shown = count(*targs, preds)
+        return part(preds, *targs)
+    return part_of_chunk
+
 @patch
 def check_loss(self:Passes,
     preds, # Outputs of a few items
@@ -118,7 +130,7 @@ def check_loss(self:Passes,
     "`ValueError` unless the loss of the learner adds up over chunks of these items"
     loss = self.learn.loss_func
     mix = next((cb for cb in self.learn._grab_cbs(MixHandler) if cb.stack_y), None)
-    if mix is None: return check_adds_up(loss, partial(chunk_loss, loss), preds, targs, split, bs)
+    if mix is None: return check_adds_up(loss, partial(_part_of, loss, preds), preds, targs, split, bs)
     check_adds_up(_loss_unmixed(mix), partial(_part_unmixed, mix), preds, targs, split, bs)
 
 # %% ../../nbs/paddy_multi/accumulate/07_passes.ipynb #n017
@@ -131,16 +143,18 @@ def warns_of_mixing(
     whole_head:bool, # Is the head run on the whole batch already?
 ):
     "Warn of layers in `model` whose chunks are not parts of a batch"
-    layers = [name for name,m in model.named_modules() if isinstance(m, _BatchNorm) and m.training]
-    if layers: warn(_batchnorm_text(layers, bs, n, whole_head), stacklevel=3)
+    inner = getattr(model, '_orig_mod', model)  # of a compiled model
+    layers = [name for name,m in inner.named_modules() if isinstance(m, _BatchNorm) and m.training]
+    def helps(names): return not whole_head and in_head(model, names)
+    if layers: warn(_batchnorm_text(layers, bs, n, helps(layers)), stacklevel=3)
     mixing,adds_up = mixing_layers(model, xb, n, bs),scalar_adds_up(model, xb, n, bs)
     with watch_state(model, cut(xb, even_chunks(n, bs)[-1], n)) as state: yield
-    if text := coupling_text(mixing, state.changed, adds_up): warn(text, stacklevel=3)
+    text = coupling_text(mixing, state.changed, adds_up, helps(mixing+state.changed))
+    if text: warn(text, stacklevel=3)
 
-def _batchnorm_text(layers, bs, n, whole_head):
+def _batchnorm_text(layers, bs, n, in_head):
     more = f' and {len(layers)-4} more' if len(layers) > 4 else ''
-    head = '' if whole_head else (f'MicroBatch({bs}, whole_head=True) if they are in the head, '
-                                  'a head without them (head_norm), ')
+    head = f'MicroBatch({bs}, whole_head=True) for those in the head, a head without them (head_norm), '
     return (f'BatchNorm takes its statistics from {bs} items, not from the batch of {n}, so the updates are not '
-            f'those of whole batches. Layers: {", ".join(layers[:4])}{more}. Ways out: {head}frozen statistics '
+            f'those of whole batches. Layers: {", ".join(layers[:4])}{more}. Ways out: {head*in_head}frozen statistics '
             '(freeze the body, with BnFreeze), or a model with GroupNorm or LayerNorm')

@@ -25,6 +25,16 @@ def body_and_head(
     raise ValueError('whole_head needs a model nn.Sequential(body, head), as vision_learner makes it, '
                      f'found {type(model).__name__}')
 
+def in_head(
+    model:nn.Module, # Any model
+    names:list, # Names of modules or buffers of `model`; what follows a space is no part of them
+)->bool:
+    "Does one of them lie in what `whole_head=True` runs on whole batches?"
+    try: body_and_head(model)
+    except ValueError: return False
+    *_,head = getattr(model, '_orig_mod', model)._modules
+    return any(o.replace(' ', '.').split('.')[0] == head for o in names)
+
 def one_input(
     xb:tuple, # Inputs of the whole batch
     bs:int, # Items at a time
