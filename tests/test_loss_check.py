@@ -278,9 +278,9 @@ def test_text():
         'elbo does not add up over chunks: they would train another model than whole batches. Compared were the '
         r'gradients of 16 items as one batch and as chunks of 5 and 11: they differ by up to \d{1,3}(\.\d+)? % of the '
         'largest, and a mean over items gives equal ones. The loss may compare items, or divide by something they '
-        r'share, such as the number of valid labels. Run it on whole batches: MicroBatch\(7, whole_head=True\), or give '
-        r'it a method `parts\(preds, targs\)` that returns its sums and what they are divided by, as MultiTargetLoss '
-        'has', str(e.value))
+        r'share, such as the number of valid labels. Run it on whole batches: MicroBatch\(7, whole_head=True\), or '
+        r'give it a method `parts\(preds, targs\)` that returns its sums and what they are divided by, as '
+        'MultiTargetLoss has', str(e.value))
 
 
 SUMS = {'cross-entropy': (lambda p, y: F.cross_entropy(p, y, reduction='sum'), P, (Y,)),

@@ -124,12 +124,13 @@ def _name(loss):
     return getattr(loss, '__name__', type(loss).__name__)
 
 def _text(loss, apart, n, split, bs):
-    far = f'differ by up to {100*apart:.3g} % of the largest' if math.isfinite(apart) else 'are NaN in one of the two'
+    far = f'differ by up to {100*apart:.3g} % of the largest'
+    if not math.isfinite(apart): far = 'are NaN in one of the two'
     return (f'{_name(loss)} does not add up over chunks: they would train another model than whole batches. Compared '
             f'were the gradients of {n} items as one batch and as chunks of {split} and {n-split}: they {far}, and a '
             'mean over items gives equal ones. The loss may compare items, or divide by something they share, such as '
-            f'the number of valid labels. Run it on whole batches: MicroBatch({bs}, whole_head=True), or give it a method '
-            '`parts(preds, targs)` that returns its sums and what they are divided by, as MultiTargetLoss has')
+            f'the number of valid labels. Run it on whole batches: MicroBatch({bs}, whole_head=True), or give it a '
+            'method `parts(preds, targs)` that returns its sums and what they are divided by, as MultiTargetLoss has')
 
 def _sum_text(loss, n, split):
     return (f'{_name(loss)} does not add up over chunks as a mean does: it is a sum. That of {n} items is those of '
