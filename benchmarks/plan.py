@@ -30,23 +30,24 @@ def learner(arch, size, bs=64):
     return Learner(dls, model, loss_func=CrossEntropyLossFlat()).to_fp16()
 
 def described(plan):
-    chunks = f'accum {plan.accum}' if plan.accum > 1 else 'whole batches'
-    return f'{chunks}, {plan.needs/1e9:.1f} GB'
+    "Chunks a batch, and the GB that they need"
+    return f'{plan.accum}: {plan.needs/1e9:.1f}'
+
+def named(arch, size):
+    "The model, with the size of its pictures where its name does not say it"
+    return arch if arch.endswith(f'_{size[0]}') else f'{arch.split(".")[0]} {size[0]}x{size[1]}'
 
 def rows(arch, size):
-    "For each card the fastest plan with the same updates, with and without checkpointing, and the extra arithmetic"
+    "With and without checkpointing, for each card the fewest chunks with the same updates; and the extra arithmetic"
     learn, start = learner(arch, size), time.process_time()
     plans = plan_training(learn, CARDS[-1], accums=(1, 2, 4, 8), precisions=['fp16'], optimizers=['as is'],
                           frozen=[False], valid=False).plans
     seconds = time.process_time()-start
-    fastest = sorted(plans, key=lambda o: (o.seconds, o.accum))
-    more = next(o.extra for o in plans if o.checkpointing)
-    for card in CARDS:
-        fits = [o for o in fastest if o.needs <= parse_bytes(card)]
-        plain, again = (next((described(o) for o in fits if o.checkpointing == way), 'does not fit')
-                        for way in (False, True))
-        yield dict(model=arch, pixels='x'.join(map(str, size)), card=card, chunks=plain, checkpointed=again,
-                   more_flops=round(more, 3), predicted_in_s=round(seconds, 1))
+    for way in (False, True):
+        own = sorted((o for o in plans if o.checkpointing == way), key=lambda o: o.accum)
+        fits = {card: next((described(o) for o in own if o.needs <= parse_bytes(card)), 'none') for card in CARDS}
+        yield {'model': named(arch, size), 'checkpointing': 'yes' if way else 'no', **fits,
+               'more FLOPs': round(own[0].extra, 2), 'CPU s': round(seconds, 1)}
 
 def measure(quick=False, log=print):
     torch.set_num_threads(1)
