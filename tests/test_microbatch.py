@@ -78,6 +78,14 @@ def learner(*parts, bs=64, model=None, loss=F.cross_entropy, opt=SGD, cbs=(), dr
     return Learner(dls, model or mlp(), loss_func=loss, opt_func=opt, lr=lr, cbs=[Float32Loss()]+L(cbs), **kwargs)
 
 
+def unread(learn):
+    "`learn`, none of whose callbacks reads outputs"
+    class NotRead(Float32Loss): reads_outputs = False
+    learn.remove_cb(Float32Loss)
+    learn.add_cb(NotRead())
+    return learn
+
+
 def quiet(learn, fit=lambda o: o.fit(1)):
     with learn.no_bar(), learn.no_logging(): fit(learn)
     return learn
@@ -1331,6 +1339,94 @@ def test_auto_halves_in_validation():
     with learn.no_bar(), pytest.warns(UserWarning, match='goes on with 8'):
         preds, _ = learn.get_preds(dl=[(x, y)], reorder=False)
     assert cb.bs == 8 and torch.allclose(preds, mlp()(x).detach(), atol=1e-12)
+
+
+@pytest.mark.parametrize('bs', [1, 7, 16])
+def test_validation_before_any_fit(bs):
+    "Of a loss that is not known, whose outputs nobody reads"
+    x, y = data(100)
+    def values(*cbs):
+        learn = unread(learner(x, y, loss=lambda p, t: F.cross_entropy(p, t), cbs=cbs))
+        with learn.no_bar(): return learn.validate(dl=[(x[:64], y[:64]), (x[64:], y[64:])])
+    assert list(values(MicroBatch(bs))) == pytest.approx(list(values()), abs=1e-12)
+
+
+def test_whether_items_are_mixed_is_asked_of_the_model_that_is_there():
+    x, y = data(64)
+    learn, largest = learner(x, y, cbs=MicroBatch(16)), []
+    for model in (mlp(), nn.Sequential(Centred(), *mlp())):
+        sizes, learn.model = [], model
+        model.register_forward_hook(lambda m, inp, out: sizes.append(len(out)))
+        with learn.no_bar(): learn.validate(dl=[(x, y)])
+        largest.append(max(sizes))
+    assert largest == [16, 64]
+
+
+@pytest.mark.usefixtures('on_cpu')
+@pytest.mark.parametrize('bs', [4, 8])
+def test_the_first_batch_of_validation_takes_no_more_memory_than_the_next(bs):
+    x, y = torch.rand(16, 3, 48, 48), torch.arange(16)%5
+    model = convolutions(16, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+    learn = learner([0], model=model, loss=F.cross_entropy)
+    learn.remove_cb(Float32Loss)
+    with Alive(x, y, *model.parameters()) as alive, learn.no_bar():
+        peaks = Peaks(alive)
+        learn.validate(dl=[(x, y)]*2, cbs=[MicroBatch(bs), peaks])
+    assert peaks.seen[0] <= 1.01*peaks.seen[1]
+
+
+# --- batches with time first ----------------------------------------------------------------------------------------
+class TimeFirst(nn.Module):
+    def __init__(self, last=True):
+        super().__init__()
+        torch.manual_seed(1)
+        self.rnn, self.out, self.last = nn.GRU(3, 8), nn.Linear(8, C), last
+        self.double()
+    def forward(self, x):
+        out = self.out(self.rnn(x)[0])
+        return out if self.last else out.transpose(1, 2)
+
+
+def times(n=20):
+    g = rng(4)
+    labels = torch.randint(C, (9, n), generator=g)
+    labels[4:, :n//2] = -100
+    return torch.randn(9, n, 3, generator=g, dtype=torch.float64), labels
+
+
+def second(xb, yb, items): return (xb[0][:, items],), (yb[0][:, items],)
+
+
+def timed(bs, loss, last=False, **kwargs):
+    x, y = times()
+    learn = unread(learner(x, y, model=TimeFirst(last), loss=loss, cbs=MicroBatch(bs, split=second, **kwargs)))
+    learn.dls = DataLoaders([(x, y)]*3, [(x, y)])
+    learn.dls.n_inp, learn.dls._device = 1, torch.device('cpu')
+    return learn
+
+
+@pytest.mark.parametrize('bs', [1, 7, 9, 10, 20])
+@pytest.mark.parametrize('loss', [F.cross_entropy, nn.CrossEntropyLoss(torch.tensor([1., 5, .1, 2, 9]).double()),
+                                  nn.CrossEntropyLoss(reduction='sum')], ids=['mean', 'weights', 'sum'])
+def test_a_cross_entropy_with_time_first(bs, loss):
+    x, y = times()
+    model = TimeFirst(False)
+    opt = torch.optim.SGD(model.parameters(), 1e-2)
+    for _ in range(3):
+        loss(model(x), y).backward()
+        opt.step()
+        opt.zero_grad()
+    learn = timed(bs, loss)
+    assert error(quiet(learn, lambda o: o.fit(1, 1e-2)).model, model, TimeFirst(False)) < 1e-12
+    assert learn.recorder.values[-1][-1] == pytest.approx(float(loss(model(x), y)), rel=1e-6)
+
+
+def test_what_time_first_cannot_do_is_refused():
+    def steps(p, t): return F.cross_entropy(p.reshape(-1, C), t.reshape(-1))
+    with pytest.raises(ValueError, match='needs the output of a chunk with its items along the first dimension'):
+        quiet(timed(7, steps, last=True))
+    with pytest.raises(ValueError, match='cannot tell the items in the output of the model'):
+        quiet(timed(7, F.cross_entropy, keep=True))
 
 
 # --- losses whose values hide what is wrong -------------------------------------------------------------------------
