@@ -1,10 +1,12 @@
-"""What `MicroBatch` costs beside a plain loop over the same chunks: around an empty model, and in a real step.
+"""What `MicroBatch` costs beside a plain loop over the same chunks: around an empty model, and in a real step; and what
+its checks cost in fits to real digits, for two small models and a loss that it does not know.
 
-Labels and images are random numbers: only time is measured. Before timing, both sides must arrive at the same weights:
-those of the plain loop over chunks, and with `whole_head=True`, where the head has BatchNorm, those of a plain loop
-over whole batches.
+Elsewhere labels and images are random numbers: only time is measured. There, before timing, both sides must arrive at
+the same weights: those of the plain loop over chunks, and with `whole_head=True`, where the head has BatchNorm, those
+of a plain loop over whole batches.
 """
 import warnings
+from contextlib import nullcontext
 from functools import partial
 
 import timm
@@ -14,12 +16,13 @@ from fastai.learner import Learner
 from fastai.optimizer import Adam
 from fastai.vision.learner import create_head
 from harness import Case, digits, keep_freed_memory, main
+from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
 from paddy_multi.accumulate.microbatch import MicroBatch
 
-ARCH, SIZE, BS, CHUNKS, BATCHES = 'convnext_atto', 64, 64, 4, 8
+ARCH, SIZE, BS, CHUNKS, BATCHES, EPOCHS = 'convnext_atto', 64, 64, 4, 8, 20
 warnings.filterwarnings('ignore', '.*BatchNorm takes its statistics')  # it is known here
 warnings.filterwarnings('ignore', '.*torch.jit.script')
 
@@ -92,18 +95,50 @@ def head_variants(bs, size, arch):
     same(make, by_hand(make, b, 1, bs, lr=1e-3), ours(lr=1e-3), 'whole_head')
     return {**variants(make, b, 1), 'MicroBatch, whole_head=True': ours()[0]}
 
+# --- checks -----------------------------------------------------------------------------------------------------------
+class LossUnchecked(MicroBatch):
+    def _looks_at_loss(self, known): return False
+
+class Unchecked(LossUnchecked):
+    def _warning(self): return nullcontext()
+
+def mlp(): return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+def convnet():
+    return nn.Sequential(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(),
+                         nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
+
+def unknown(preds, labels): return F.cross_entropy(preds, labels)  # a function of the user's own is checked
+
+def check_variants(bs, model, epochs):
+    "Fits to scikit-learn's real digits without checks, without that of the loss, and with all"
+    found = load_digits()
+    pieces = (torch.from_numpy(o).split(bs) for o in ((found.data/16).astype('float32'), found.target))
+    batches = list(zip(*pieces))
+    def fit(kind):
+        learn = Learner(DataLoaders(batches, []), seeded(model), loss_func=unknown, opt_func=Adam, lr=1e-3,
+                        cbs=kind(bs//CHUNKS))
+        learn.dls.n_inp = 1
+        def run():
+            with learn.no_bar(), learn.no_logging(): learn.fit(epochs)
+        return run
+    kinds = {'no check': Unchecked, 'layers checked': LossUnchecked, 'layers and loss checked': MicroBatch}
+    return {name: fit(kind) for name, kind in kinds.items()}
+
 def cases(quick):
     bs, size, arch = (8, 32, 'test_convnext') if quick else (BS, SIZE, ARCH)
     def case(name, make, *args, **kw):
         return Case(name, lambda: make(bs, *args), dict(bs=bs, chunk=bs//CHUNKS), **kw)
     return [case(f'epoch of {BATCHES} batches, a linear model', nothing_variants),
             case('training step', step_variants, size, arch, rounds=24),
-            case('training step, head with BatchNorm', head_variants, size, arch, rounds=24)]
+            case('training step, head with BatchNorm', head_variants, size, arch, rounds=24),
+            *(case(f'{name}, {epochs} epoch{"s"*(epochs > 1)} of digits', check_variants, model, epochs,
+                   rounds=24 if epochs == 1 else 6)
+              for name, model in (('MLP', mlp), ('convnet', convnet)) for epochs in (1, 1 if quick else EPOCHS))]
 
 # --- what follows ---------------------------------------------------------------------------------------------------
 def findings(result):
     "The share of a step that callback and learner take, measured apart and in the step; and what a whole head takes"
-    alone, step, head = (o['variants'] for o in result['cases'])
+    alone, step, head = (o['variants'] for o in result['cases'][:3])
     whole = step[0]['seconds']['median']*BATCHES
     def percent(values, of): return {k: digits(of(values[k]), 3) for k in ('median', 'low', 'high')}
     def share(o): return percent(o['added'], lambda seconds: 100*seconds/whole)
@@ -114,7 +149,10 @@ def findings(result):
     return [finding('MicroBatch and its Learner: time added, % of a step (apart)', where, share, alone[2], alone[1]),
             finding('a Learner without MicroBatch: time added, % of a step (apart)', where, share, alone[3], alone[1]),
             finding('MicroBatch and its Learner: time added, % of a step (in it)', where, more, step[2], step[1]),
-            finding('whole_head=True: time added, % of a step', where+', head with BatchNorm', more, head[3], head[1])]
+            finding('whole_head=True: time added, % of a step', where+', head with BatchNorm', more, head[3], head[1]),
+            *(finding(f'checks of {what}: time added, % of a fit',
+                      f'{o["name"]}, batches of {BS} in {BS//CHUNKS}s, CPU', more, o['variants'][i], o['variants'][1])
+              for o in result['cases'][3:] for what, i in (('layers', 2), ('layers and loss', 3)))]
 
 if __name__ == '__main__':
     keep_freed_memory()
