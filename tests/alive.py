@@ -7,11 +7,12 @@ from torch.utils._pytree import tree_leaves
 
 
 class Alive(TorchDispatchMode):
-    "Storages that were made inside the block and are alive: `now`, and the `most` since that was last set; in bytes"
-    def __init__(self, *tensors):
+    """Storages that were made inside the block and are alive: `now`, and the `most` since that was last set
+
+    In bytes, each rounded up to a multiple of `block`, as an allocator does"""
+    def __init__(self, *tensors, block=1):
         super().__init__()
-        self.now, self.seen = 0, {}
-        self.most = 0
+        self.now, self.most, self.block, self.seen = 0, 0, block, {}
         self.add(tensors)
 
     def add(self, o):
@@ -19,8 +20,8 @@ class Alive(TorchDispatchMode):
             if not isinstance(t, torch.Tensor): continue
             storage = t.untyped_storage()
             if storage._cdata in self.seen: continue
-            self.seen[storage._cdata] = storage.nbytes()
-            self.now += storage.nbytes()
+            self.seen[storage._cdata] = size = -(-storage.nbytes()//self.block)*self.block
+            self.now += size
             self.most = max(self.most, self.now)
             weakref.finalize(storage, self.gone, storage._cdata)
 

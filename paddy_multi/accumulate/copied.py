@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.rnn import ModelResetter
-from fastai.torch_core import no_random
+from fastai.torch_core import no_random, norm_bias_params
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor
@@ -75,13 +75,13 @@ def precision_of(learn, device):
 
 # %% ../../nbs/paddy_multi/accumulate/11_copied.ipynb #n018
 def set_trainable(learn, model, trainable):
-    "Parameter groups of the copy `model`: 'all' trains, 'as is', or the 'head' alone"
+    "Parameter groups of the copy `model`: 'all' trains, 'as is', or the 'head' and what else `learn.freeze()` leaves"
     if trainable != 'as is': model.requires_grad_(True)
     groups = list(learn.splitter(model))
     groups = [groups] if isinstance(groups[0], Tensor) else [list(g) for g in groups]
     if trainable == 'head':
-        for g in groups[:-1]:
-            for p in g: p.requires_grad_(False)
+        for p in sum(groups[:-1], []): p.requires_grad_(False)
+        for p in norm_bias_params(model, False) if learn.train_bn else []: p.requires_grad_(True)
     return [[p for p in g if p.requires_grad] for g in groups]
 
 # %% ../../nbs/paddy_multi/accumulate/11_copied.ipynb #n020

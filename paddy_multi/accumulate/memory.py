@@ -8,6 +8,7 @@ __all__ = ['predict_memory', 'parse_bytes', 'plot_memory', 'Accumulation', 'find
 # %% ../../nbs/paddy_multi/accumulate/14_memory.ipynb #n003
 import math
 import re
+import warnings
 from dataclasses import dataclass, replace
 from numbers import Real
 
@@ -27,18 +28,25 @@ def _check_items(accums, n):
     for accum in accums:
         if accum > n: raise ValueError(f'accums: a batch of {n} cannot be run in {accum} chunks')
 
+_as_a_whole = 'though some of it is frozen now (frozen=True for what trains now, frozen=False for the whole)'
+
+def _is_asked(learn, frozen):
+    "Was it left open what trains, though the learner is frozen?"
+    return frozen is None and not all(p.requires_grad for p in learn.model.parameters())
+
 # %% ../../nbs/paddy_multi/accumulate/14_memory.ipynb #n009
 def predict_memory(
     learn, # `Learner` with any model, loss, optimizer, precision and callbacks
     accums=None, # Numbers of chunks to predict for; None for those of 1, 2, 4 and 8 that a batch has items for
     device:str='cuda', # Kind of device to predict for: 'cuda' or 'cpu'
-    frozen:bool=False, # Predict for what trains now, instead of the whole model?
+    frozen:bool|None=None, # Predict for what trains now? None for the whole model, which is said if it is frozen
     per_module:bool|int=False, # Activations by part of the model instead: True, or how deep in its names
     whole_head:bool=False, # As in `MicroBatch`
     valid:bool=True, # Count validation too, where the learner has a validation loader?
 )->pd.DataFrame: # A row for each of `accums`: bytes by category at the peak, in total, and besides tensors
     "Memory that training `learn` with `MicroBatch` needs, without a GPU; `ValueError` for a wrong number"
     if accums is not None: _check_accums(accums)
+    if _is_asked(learn, frozen): warnings.warn(f'memory is predicted for the whole model, {_as_a_whole}', stacklevel=2)
     memory = step_memory(learn, device, 'as is' if frozen else 'all', whole_head, valid)
     if accums is None: accums = [o for o in (1, 2, 4, 8) if o <= memory.n]
     _check_items(accums, memory.n)
@@ -109,7 +117,7 @@ class Accumulation:
     floor:int # Bytes that are needed with the smallest chunks: accumulation cannot go below
     budget:int # Bytes that there are
     reserve:int # Bytes of the budget that are not for tensors
-    advice:dict # Where nothing fits: what to try, and the bytes that it would take
+    advice:dict # Where nothing fits: what does, else what comes nearest, and the bytes of the budget that it takes
     counted:str='' # What was counted: training alone or with validation, and on which kernels
     smallest:int=1 # Items in the smallest chunk: one, or two where BatchNorm refuses one
 
@@ -122,9 +130,12 @@ class Accumulation:
         if self.accum:
             return (f'accum={self.accum}: MicroBatch({self.bs}) needs {total} of {room}; '
                     f'{at_a_time} would need {floor}{counted}')
-        advice = [f'\n  {what}: {_size_text(n)}' for what,n in self.advice.items()]
-        return (f'no accumulation fits {room}: {at_a_time} need{s} {floor}. '
-                f'What else there is:{"".join(advice)}{counted}')
+        ways = ''.join(f'\n  {what}: {_size_text(n)}' for what,n in self.advice.items())
+        fit = min(self.advice.values(), default=0) <= self.budget
+        head = 'What fits' if fit else 'What comes nearest'
+        advice = f'{head}, one item at a time and with its reserve:{ways}\n' if ways else ''
+        return (f'no accumulation fits {room}: {at_a_time} need{s} {floor}. {advice}'
+                f'plan_training tries checkpointing, too, and several ways at once{counted}')
 
 # %% ../../nbs/paddy_multi/accumulate/14_memory.ipynb #n033
 def _different_chunks(n, smallest=1):
@@ -151,51 +162,56 @@ def _first_that_fits(
     return accums[high]
 
 # %% ../../nbs/paddy_multi/accumulate/14_memory.ipynb #n038
-def _advice(learn, memory, accum):
-    "Bytes that other ways would take with `accum` chunks, the smallest; the least first"
-    def floor(memory): return memory.at(accum)['total']
-    row,plain = memory.at(accum),replace(memory, update=0)
-    stays = row['parameters']+row['optimizer']+row['inputs']+memory.step.gradients
-    ways = {'checkpointing of activations, at best': stays+memory.update,
-            'SGD without momentum (keeps nothing)': floor(replace(plain, state=0)),
-            'a fused optimizer (no temporaries)': floor(plain)}
+def _ways(learn, memory, trainable):
+    "Memory of other ways to train"
     def other(trainable, **how):
-        return floor(step_memory(learn, memory.device, trainable, memory.head is not None, memory.valid_n > 0, **how))
+        return step_memory(learn, memory.device, trainable, memory.head is not None, memory.valid_n > 0, **how)
+    ways = {'SGD without momentum': replace(memory, state=0, update=0)}
     has_groups = not isinstance(next(iter(learn.splitter(learn.model))), Tensor)
-    if has_groups: ways['a frozen body'] = other('head')
+    if has_groups and trainable == 'all': ways['a frozen body, with freeze()'] = other('head')
     half = memory.device == 'cuda' and memory.step.dtype is None
-    if half: ways['mixed precision, with to_fp16()'] = other('all', dtype=torch.float16)
-    return dict(sorted(ways.items(), key=lambda o: o[1]))
+    if half: ways['mixed precision, with to_fp16()'] = other(trainable, dtype=torch.float16)
+    return ways
+
+def _advice(needs, budget):
+    "Of what other ways need: all that fit `budget`, the least first, else the nearest"
+    fit = {what: n for what,n in sorted(needs.items(), key=lambda o: o[1]) if n <= budget}
+    return fit or dict(sorted(needs.items(), key=lambda o: o[1])[:1])
 
 # %% ../../nbs/paddy_multi/accumulate/14_memory.ipynb #n040
 _kernels = dict(cuda='kernels of CUDA', cpu='kernels of a CPU', formula='formulas, since this PyTorch has no CUDA')
 
-def _counted(memory):
+def _counted(memory, whole):
+    "What was counted; `whole` says why that is the whole model"
     validation = f', validation in batches of {memory.valid_n}' if memory.valid_n else ''
     head = ' with a whole head' if memory.head else ''
-    return f'training{head}{validation}; {_kernels[memory.step.kernels]}'
+    return f'training{head}{whole}{validation}; {_kernels[memory.step.kernels]}'
 
 def find_accumulation(
     learn, # `Learner` with any model, loss, optimizer, precision and callbacks
     budget, # Memory that PyTorch may take on the device: '16GB', '15GiB', or bytes
     reserve=None, # Part of it that is not for tensors, 0 for none; None for what is predicted
     device:str='cuda', # Kind of device to predict for: 'cuda' or 'cpu'
-    frozen:bool=False, # Predict for what trains now, instead of the whole model?
+    frozen:bool|None=None, # Predict for what trains now? None for the whole model, which is said if it is frozen
     whole_head:bool=False, # As in `MicroBatch`
     valid:bool=True, # Count validation too, where the learner has a validation loader?
 )->Accumulation:
     "The fewest chunks with which training `learn` fits `budget`; `ValueError` for a budget that cannot be read"
     budget = parse_bytes(budget)
     if reserve is not None: reserve = parse_bytes(reserve, least=0)
-    memory = step_memory(learn, device, 'as is' if frozen else 'all', whole_head, valid)
-    def need(accum):
+    trainable = 'as is' if frozen else 'all'
+    memory = step_memory(learn, device, trainable, whole_head, valid)
+    def need(accum, memory=memory):
         row = memory.at(accum)
         return row['reserved'] if reserve is None else row['total']+reserve
     smallest = memory.smallest()
     accums = _different_chunks(memory.n, smallest)
-    fits = need(accums[-1]) <= budget
-    accum = _first_that_fits(need, accums, memory.n, budget) if fits else accums[-1]
-    row = memory.at(accum)
+    most,least = accums[-1],need(accums[-1])
+    fits = least <= budget
+    accum = _first_that_fits(need, accums, memory.n, budget) if fits else most
+    needs = {} if fits else {what: need(most, o) for what,o in _ways(learn, memory, trainable).items()}
+    advice = _advice({what: n for what,n in needs.items() if n < least}, budget)
+    row,whole = memory.at(accum),f' of the whole model, {_as_a_whole}' if _is_asked(learn, frozen) else ''
     return Accumulation(
-        accum if fits else None, row['items'] if fits else None, row['total'], memory.at(accums[-1])['total'], budget,
-        need(accum)-row['total'], {} if fits else _advice(learn, memory, accums[-1]), _counted(memory), smallest)
+        accum if fits else None, row['items'] if fits else None, row['total'], memory.at(most)['total'], budget,
+        need(accum)-row['total'], advice, _counted(memory, whole), smallest)

@@ -17,8 +17,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from .copied import ItemSpec, one_item
 from .outputs import keeps_outputs
-from .tracing import ItemSpec, TracedStep, one_item
+from .tracing import TracedStep
 from .whole_head import body_and_head
 
 # %% ../../nbs/paddy_multi/accumulate/13_steps.ipynb #n007
@@ -58,7 +59,7 @@ def _traced(self:StepMemory, m):
         hook.remove()
         self.runs[m] = SimpleNamespace(
             items=items, made=made[0]/items, outputs=step.outputs/items,  # by callbacks and by the model, an item
-            forward=step.forward-made[0], over=step.peak-step.base-made[0])
+            forward=step.forward-made[0], through=step.through-made[0], over=step.peak-step.base-made[0])
     return self.runs[m]
 
 @patch
@@ -85,14 +86,16 @@ def _batch_bytes(item, n):
 @patch
 def _training(self:StepMemory, m):
     "The moment when a chunk of `m` items takes most"
-    step,run = self.step,self._traced(m)
-    moment = dict(gradients=step.gradients, inputs=_batch_bytes(step.item, self.n)+run.made*self.n,
-                  activations=run.forward, temporaries=run.over-run.forward+self._kept(run)*(self.n-run.items))
-    if m == self.n and not step.keeps_gradients:
+    step,run,n = self.step,self._traced(m),self.n
+    kept = self._kept(run)
+    most = max(run.over+kept*(n-run.items), run.through+kept*n)  # with the chunks before, or the batch before
+    moment = dict(gradients=step.gradients, inputs=_batch_bytes(step.item, n)+run.made*n,
+                  activations=run.forward, temporaries=most-run.forward)
+    if m == n and not step.keeps_gradients:
         moment['gradients'] = min(step.gradients, moment['temporaries'])
         moment['temporaries'] -= moment['gradients']
-    joined = {**moment, 'activations': 0, 'temporaries': 2*self._kept(run)*self.n}
-    return moment if run.items == self.n else max(moment, joined, key=_sum)
+    joined = {**moment, 'activations': 0, 'temporaries': 2*kept*n}
+    return moment if run.items == n else max(moment, joined, key=_sum)
 
 @patch
 def _kept(self:StepMemory, run): return run.outputs if self.keeps or run.items == self.n else 0

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .copied import (
-    FakeLearner, ItemSpec, fake_batch, one_item, optimizer_for, precision_of, set_trainable)
+    FakeLearner, fake_batch, one_item, optimizer_for, precision_of, set_trainable)
 from ..core.backward import Kept, backward
 from ..core.cuda_autocast import CastsOfCuda, CudaAutocast
 
@@ -77,11 +77,13 @@ def _count_weights(self:FakeLearner):
     self.params = [p for p in self.model.parameters() if p.requires_grad]
     self.count.add([*self.model.parameters(), *self.model.buffers()])
     self.parameters = self.count.live
-    self.gradients,self.state,self.update,self.keeps_gradients = 0,0,0,True
+    self.gradients,self.state,self.update,self.keeps_gradients,self.has_zeros = 0,0,0,True,False
 
 @patch
 def _set_gradients(self:FakeLearner, there):
+    if there and self.has_zeros: return  # a step adds to those in place
     for p in self.params: p.grad = torch.zeros_like(p) if there else None
+    self.has_zeros = there
 
 # %% ../../nbs/paddy_multi/accumulate/12_tracing.ipynb #n020
 @patch
@@ -97,7 +99,8 @@ def _count_update(self:FakeLearner, make_opt):
     opt.step()
     self.update = count.peak-count.live
     opt.zero_grad()
-    self.learn.opt,self.keeps_gradients = opt,any(p.grad is not None for p in self.params)
+    self.learn.opt,self.has_zeros = opt,False
+    self.keeps_gradients = any(p.grad is not None for p in self.params)
 
 # %% ../../nbs/paddy_multi/accumulate/12_tracing.ipynb #n023
 class TracedStep(FakeLearner):
@@ -161,26 +164,25 @@ def _tensor_bytes(tensors):
     return sum(o.numel()*o.element_size() for o in tree_leaves(tensors) if isinstance(o, Tensor))
 
 @patch
-def _forward(self:TracedStep, previous=False):
-    "Loss of the batch, as the learner makes it; leaves the bytes of `outputs`"
+def _forward(self:TracedStep):
+    "Loss of the batch, as the learner makes it; leaves the bytes of `outputs` and the most until the model is `through`"
     learn = self.learn
     casts = CastsOfCuda() if self.kernels == 'formula' and self.dtype else nullcontext()
     with CudaAutocast(self.dtype, self.device), casts:
         learn.pred = learn.model(*learn.xb)
-        through = self.count.peak
+        self.through = self.count.peak-self.base
         self._event('after_pred')
         if self.dtype: learn.pred = to_float(learn.pred)
         if len(learn.yb): learn.loss_grad = _loss_or_stand_in(learn)
         learn.loss = learn.loss_grad.clone()
         self._event('after_loss')
     self.outputs = _tensor_bytes(learn.pred)
-    if previous: self.count.peak = max(self.count.peak, through+self.outputs)
     return learn.loss_grad
 
 # %% ../../nbs/paddy_multi/accumulate/12_tracing.ipynb #n038
 @patch
-def _backward(self:TracedStep, previous, walk, *args):
-    loss = self._forward(previous)
+def _backward(self:TracedStep, walk, *args):
+    loss = self._forward()
     self.forward = self.count.live-self.base  # bytes that are there after forward
     walk(loss, *args)
     self.after = self.count.live-self.base    # and after backward: gradients that were made, outputs
@@ -189,17 +191,17 @@ def _backward(self:TracedStep, previous, walk, *args):
 def run(self:TracedStep,
     m:int, # Items
     gradients:bool=None, # Are gradients there at the start? As the optimizer leaves them, if not given
-    previous:bool=False, # Is the output of the batch before there? fastai holds it, `MicroBatch` does not
 )->np.ndarray: # Live bytes after each operation, over `base`: parameters, gradients, state and inputs
     """Forward and backward of exactly `m` items
 
     Leaves bytes: `peak`, the most, with everything; `base`, what is there first (weights, gradients, state, `inputs`);
-    `forward` and `after`, what is over `base` after forward and after backward; `outputs`; and `line`"""
+    `through`, `forward` and `after`, over `base`: the most until the model is through, and what is there after forward
+    and after backward; `outputs`; and `line`"""
     with self.running():
         self._start(m, gradients)
         if self.device == 'cuda':
-            with Kept() as kept: self._backward(previous, backward, kept)
-        else: self._backward(previous, torch.Tensor.backward)
+            with Kept() as kept: self._backward(backward, kept)
+        else: self._backward(torch.Tensor.backward)
     self.peak,self.line = self.count.peak,np.array(self.count.line)-self.base
     return self.line
 

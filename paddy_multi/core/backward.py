@@ -88,7 +88,7 @@ def _lies_like(grad, weight):
 def _accumulate(weight, grads):
     "Give `weight` the gradient that is alone in the list `grads`"
     sparse = grads[0].is_sparse
-    if weight.grad is not None: weight.grad += grads[0]
+    if weight.grad is not None: weight.grad.add_(grads[0])
     elif _held_once(grads, 0) and (sparse or _lies_like(grads[0], weight)): weight.grad = grads[0].detach()
     elif sparse: weight.grad = grads[0].clone()
     else: weight.grad = torch.empty_like(weight).copy_(grads[0])

@@ -76,9 +76,10 @@ _plain = {type(None), bool, int, float, complex, str, torch.dtype, torch.device,
 
 def _facts(o):
     "All of an argument that can decide what an operation makes of it"
-    if type(o) in _plain: return type(o), o
-    if isinstance(o, (list, tuple)): return type(o), *map(_facts, o)
-    if not isinstance(o, FakeTensor) or o.constant is not None or o.layout != torch.strided: raise _Unusual
+    kind = type(o)
+    if kind in _plain: return kind, o
+    if kind in (tuple, list): return kind, *map(_facts, o)
+    if kind is not FakeTensor or o.constant is not None or o.layout != torch.strided: raise _Unusual
     return (o.shape, o.stride(), o.storage_offset(), o.untyped_storage().nbytes(), o.dtype, o.fake_device,
             o.requires_grad, o.is_conj(), o.is_neg())
 
