@@ -182,7 +182,7 @@ def test_outputs_that_a_metric_reads_are_counted():
 def test_outputs_of_the_batch_before_are_counted(read):
     "A frozen body takes most in its middle, where they are still there"
     def make(**kwargs):
-        learn = dense_learner(32, **kwargs)
+        learn = dense_learner(48, **kwargs)
         learn.model[2] = nn.Conv2d(16, 128, 3, padding=1)
         learn.model[4] = nn.Sequential(nn.Conv2d(128, 16, 1), nn.ReLU(), nn.Conv2d(16, 21, 1))
         learn.model[:4].requires_grad_(False)
@@ -294,7 +294,7 @@ def test_a_budget_holds_through_a_fit_with_validation(name):
 
 
 def test_batches_for_validation_are_part_of_the_prediction():
-    def make(): return valid_of(timm_learner('resnet10t', 32, 8, SGD), 256)
+    def make(): return valid_of(timm_learner('resnet10t', 64, 8, SGD), 256)
     with_valid, without = (predict_memory(make(), [1, 8], device='cpu', valid=o) for o in (True, False))
     assert with_valid.attrs['moments'] == {1: 'validation', 8: 'validation'}
     assert with_valid.total[1] > with_valid.total[8] > without.total[8]
