@@ -99,8 +99,7 @@ def _count_update(self:FakeLearner, make_opt):
     opt.step()
     self.update = count.peak-count.live
     opt.zero_grad()
-    self.learn.opt,self.has_zeros = opt,False
-    self.keeps_gradients = any(p.grad is not None for p in self.params)
+    self.learn.opt,self.has_zeros,self.keeps_gradients = opt,False,any(p.grad is not None for p in self.params)
 
 # %% ../../nbs/paddy_multi/accumulate/12_tracing.ipynb #n023
 class TracedStep(FakeLearner):
@@ -165,7 +164,7 @@ def _tensor_bytes(tensors):
 
 @patch
 def _forward(self:TracedStep):
-    "Loss of the batch, as the learner makes it; leaves the bytes of `outputs` and the most until the model is `through`"
+    "Loss of the batch, as the learner makes it; leaves the bytes of `outputs`, and the most until it is `through`"
     learn = self.learn
     casts = CastsOfCuda() if self.kernels == 'formula' and self.dtype else nullcontext()
     with CudaAutocast(self.dtype, self.device), casts:

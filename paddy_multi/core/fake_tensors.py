@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
     FakeTensor, FakeTensorMode, in_kernel_invocation_manager, unset_fake_temporarily)
@@ -130,6 +129,11 @@ def _results(fake, func, out, args):
     return (type(out), found) if len(new) == len(set(new)) else None  # none shares its memory with another
 
 # %% ../../nbs/paddy_multi/core/16_fake_tensors.ipynb #r011
+_views = torch.ops.aten.view.default,torch.ops.aten._unsafe_view.default
+
+def _state():
+    return torch.get_default_dtype(), torch._C._get_default_device(), torch.is_inference_mode_enabled()
+
 class FakeMode(FakeTensorMode):
     "PyTorch's mode for fake tensors, which works out once what an operation makes of tensors that are alike"
     made,limit = {},50_000  # results by what was asked, and how many of them are kept
@@ -148,22 +152,14 @@ class FakeMode(FakeTensorMode):
         outs = [o.again(self, tensors) for o in results]
         return outs if kind is list else tuple(outs) if issubclass(kind, tuple) else outs[0]
 
-def _state():
-    return torch.get_default_dtype(), torch._C._get_default_device(), torch.is_inference_mode_enabled()
-
-# %% ../../nbs/paddy_multi/core/16_fake_tensors.ipynb #r012
-_views = torch.ops.aten.view.default,torch.ops.aten._unsafe_view.default
-
-@patch
-def _work_out(self:FakeMode, key, func, types, args, kwargs):
-    "What `func` makes, and a note of it"
-    if func in _views:
-        with in_kernel_invocation_manager(self): elem = func(*args)
-        out = FakeTensor(self, elem, args[0].fake_device)
-    else: out = super(FakeMode, self).dispatch(func, types, args, kwargs)
-    if len(self.made) >= self.limit: self.made.clear()
-    self.made[key] = _results(self, func, out, _tensors((*args, *kwargs.values())))
-    return out
+    def _work_out(self, key, func, types, args, kwargs):
+        if func in _views:
+            with in_kernel_invocation_manager(self): elem = func(*args)
+            out = FakeTensor(self, elem, args[0].fake_device)
+        else: out = super().dispatch(func, types, args, kwargs)
+        if len(self.made) >= self.limit: self.made.clear()
+        self.made[key] = _results(self, func, out, _tensors((*args, *kwargs.values())))
+        return out
 
 # %% ../../nbs/paddy_multi/core/16_fake_tensors.ipynb #n019
 aten = torch.ops.aten
