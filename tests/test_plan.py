@@ -193,6 +193,20 @@ def test_planning_leaves_the_learner_alone():
     assert not any('forward' in vars(m) for m in learn.model.modules())
 
 
+def test_nothing_is_set_in_the_learner_while_it_is_planned():
+    written = []
+
+    class Watched(Learner):
+        def __setattr__(self, name, value):
+            written.append(id(self))
+            super().__setattr__(name, value)
+    model = nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU()), nn.Linear(8, 10))
+    learn = Watched(loaders(8, 8), model, loss_func=CrossEntropyLossFlat())
+    written.clear()
+    plan_training(learn, '1GB')
+    assert written and id(learn) not in written
+
+
 def test_a_frozen_learner_is_planned_as_it_trains_once_it_is_unfrozen():
     own = dict(optimizers=['as is'], checkpointing=[False], device='cpu')
     learn, whole = body_and_head(), body_and_head()
@@ -203,6 +217,7 @@ def test_a_frozen_learner_is_planned_as_it_trains_once_it_is_unfrozen():
     assert repr(plans).endswith('as they do in fine_tune or after unfreeze().') and 'frozen now' not in repr(unfrozen)
     heads = plan_training(learn, '1GB', **own, frozen=[True])
     assert heads.df.exact.all() and heads[0].total == plans[1].total and 'frozen now' not in repr(heads)
+    assert (heads.df.extra == 0).all() and plans[1].extra < -.3  # against a whole batch of what trains
     assert not plan_training(whole, '1GB', **own, frozen=[True]).df.exact.any()
 
 
@@ -236,6 +251,30 @@ def test_checkpointing_gives_the_same_bits_in_statistics_too(make):
     plans = plan_training(make(), '1GB', accums=[1], optimizers=['as is'], frozen=[False], device='cpu').plans
     one, two = (trained(make, plan).model.state_dict() for plan in plans)
     assert len(plans) == 2 and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def forwards_of_their_own():
+    "A model with a block and a BatchNorm whose `forward` someone has replaced, and these forwards"
+    set_seed(0)
+    model = nn.Sequential(nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for _ in range(2)]),
+                          nn.Linear(4, 2))
+    block, bn = model[0][0], model[0][1][1]
+    first, second = block.forward, bn.forward
+    block.forward, bn.forward = lambda x: 10*first(x), lambda x: second(x)+1
+    return model, {'0.0': block.forward, '0.1.1': bn.forward}
+
+
+def test_a_forward_that_a_module_was_given_stays():
+    results, x = [], torch.randn(5, 4)
+    for times in (0, 2):
+        model, given = forwards_of_their_own()
+        for _ in range(times): assert checkpoint_activations(model) == 2
+        out = model(x)
+        out.square().sum().backward()
+        results.append([out, *[p.grad for p in model.parameters()], *model.buffers()])
+        for _ in range(2): checkpoint_activations(model, False)
+        assert {n: m.forward for n, m in model.named_modules() if 'forward' in vars(m)} == given
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.slow
@@ -299,6 +338,19 @@ def test_a_model_without_blocks_is_planned_without_checkpointing():
     assert not plan_training(learn, '1GB', device='cpu').df.checkpointing.any()
     with pytest.raises(ValueError, match='Linear has no blocks to checkpoint'):
         plan_training(learn, '1GB', device='cpu', checkpointing=[True])
+
+
+def test_a_model_that_cannot_take_one_item_is_planned_where_the_batch_fits():
+    class Squeezes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, x): return torch.stack([o.squeeze() for o in self.layer(x).split(1, 1)], 1)
+    items = [(torch.randn(4), torch.tensor(1))]*8
+    dls = DataLoaders(*[DataLoader(items, bs=8, num_workers=0)]*2)
+    learn = Learner(dls, Squeezes(), loss_func=CrossEntropyLossFlat())
+    assert plan_training(learn, '1GB', device='cpu', checkpointing=[False]).best.accum == 1
 
 
 def test_a_learner_with_nothing_trained_is_planned_or_refused_in_words():

@@ -6,25 +6,26 @@
 __all__ = ['Checkpointed', 'StatisticsOnce', 'checkpoint_activations']
 
 # %% ../../nbs/paddy_multi/accumulate/15_checkpointing.ipynb #n003
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 # %% ../../nbs/paddy_multi/accumulate/15_checkpointing.ipynb #n007
-class Checkpointed:
-    "The `forward` of `module`, which keeps its inputs and is run again for its gradient"
-    def __init__(self,
-        module:nn.Module, # Block that gives the same for the same inputs
-    ): self.module = module
+class _InPlaceOfForward:
+    "What is called instead of the `forward` of `module`, which is that of its class or its `own`"
+    def __init__(self, module): self.module,self.own = module,vars(module).get('forward')
 
+    def forward(self, *args, **kwargs):
+        if self.own: return self.own(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+class Checkpointed(_InPlaceOfForward):
+    "The `forward` of a block, which keeps its inputs and is run again for its gradient"
     def __call__(self, *args, **kwargs):
-        forward = partial(type(self.module).forward, self.module)
-        if not torch.is_grad_enabled(): return forward(*args, **kwargs)
+        if not torch.is_grad_enabled(): return self.forward(*args, **kwargs)
         before = [o._version for o in args if isinstance(o, Tensor)]
-        res = checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        res = checkpoint(self.forward, *args, use_reentrant=False, **kwargs)
         if before != [o._version for o in args if isinstance(o, Tensor)]:
             raise ValueError(f'{type(self.module).__name__} changes its input in place, so it cannot be run again '
                              'from it: expected a block that leaves it alone, as without inplace=True in its '
@@ -32,18 +33,14 @@ class Checkpointed:
         return res
 
 # %% ../../nbs/paddy_multi/accumulate/15_checkpointing.ipynb #n015
-class StatisticsOnce:
-    "The `forward` of a BatchNorm layer `module` that does not count a batch again in a backward pass"
-    def __init__(self,
-        module:nn.Module, # BatchNorm of any kind
-    ): self.module = module
-
+class StatisticsOnce(_InPlaceOfForward):
+    "The `forward` of a BatchNorm layer of any kind that does not count a batch again in a backward pass"
     def __call__(self, *args, **kwargs):
         module = self.module
-        if torch._C._current_graph_task_id() < 0: return type(module).forward(module, *args, **kwargs)
+        if torch._C._current_graph_task_id() < 0: return self.forward(*args, **kwargs)
         momentum,batches = module.momentum,module.num_batches_tracked
         module.momentum,module.num_batches_tracked = 0.,None
-        try: return type(module).forward(module, *args, **kwargs)
+        try: return self.forward(*args, **kwargs)
         finally: module.momentum,module.num_batches_tracked = momentum,batches
 
 # %% ../../nbs/paddy_multi/accumulate/15_checkpointing.ipynb #n018
@@ -60,10 +57,12 @@ def _innermost(module):
     return found
 
 # %% ../../nbs/paddy_multi/accumulate/15_checkpointing.ipynb #w01
-def _set_forward(module, kind):
-    "Give `module` a `forward` of another `kind`, or with None its own again"
-    module.__dict__.pop('forward', None)
-    if kind: module.forward = kind(module)
+def _restore(module):
+    "Give `module` the `forward` back that it had"
+    now = vars(module).get('forward')
+    if not isinstance(now, _InPlaceOfForward): return
+    del module.forward
+    if now.own: module.forward = now.own
 
 # %% ../../nbs/paddy_multi/accumulate/15_checkpointing.ipynb #w04
 def _ask_timm(module, enable):
@@ -73,13 +72,13 @@ def _ask_timm(module, enable):
     except (AssertionError, NotImplementedError): return False
     return True
 
-def _switch(module, enable):
+def _checkpoint(module):
     "Checkpoint what checkpoints itself, and blocks elsewhere; how many there were"
-    if _ask_timm(module, enable): return 1
+    if _ask_timm(module, True): return 1
     if any(hasattr(o, 'set_grad_checkpointing') for o in list(module.modules())[1:]):
-        return sum(_switch(o, enable) for o in module.children())
+        return sum(_checkpoint(o) for o in module.children())
     blocks = _innermost(module)
-    for block in blocks: _set_forward(block, Checkpointed if enable else None)
+    for block in blocks: block.forward = Checkpointed(block)
     return len(blocks)
 
 # %% ../../nbs/paddy_multi/accumulate/15_checkpointing.ipynb #n023
@@ -88,10 +87,14 @@ def checkpoint_activations(
     enable:bool=True, # Checkpoint, or keep everything again?
 )->int: # How many parts checkpoint themselves or are checkpointed
     "Have the blocks of `model` run again instead of keeping activations; `ValueError` for a model without blocks"
-    found = _switch(model, enable)
-    if enable and not found:
+    for m in model.modules():
+        _restore(m)
+        _ask_timm(m, False)
+    if not enable: return 0
+    found = _checkpoint(model)
+    if not found:
         raise ValueError(f'{type(model).__name__} has no blocks to checkpoint: expected a model of timm that has '
                          'set_grad_checkpointing, or an nn.Sequential whose parts have layers of their own')
     for m in model.modules():
-        if isinstance(m, _BatchNorm): _set_forward(m, StatisticsOnce if enable else None)
+        if isinstance(m, _BatchNorm): m.forward = StatisticsOnce(m)
     return found

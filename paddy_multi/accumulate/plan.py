@@ -9,14 +9,13 @@ __all__ = ['plan_training']
 import itertools
 import math
 from collections.abc import Iterable
-from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 
 import torch
-from fastai.torch_core import norm_bias_params
 from fastcore.basics import patch
+from fastcore.foundation import L
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -25,8 +24,8 @@ from .costs import Costs, step_seconds
 from .fused import fused_optimizer, plain_sgd
 from .memory import parse_bytes
 from .steps import step_memory
-from .tracing import TracedStep, one_item
-from .training_plan import TrainingPlan, TrainingPlans, precision_of
+from .tracing import TracedStep
+from .training_plan import TrainingPlan, TrainingPlans, precision_name
 
 # %% ../../nbs/paddy_multi/accumulate/19_plan.ipynb #q03
 _known = dict(precisions=('fp32', 'fp16', 'bf16'), optimizers=('as is', 'fused', 'sgd'), checkpointing=(False, True),
@@ -44,7 +43,7 @@ def _chosen(name, asked):
 
 # %% ../../nbs/paddy_multi/accumulate/19_plan.ipynb #q06
 def _precisions(learn, device, asked):
-    own,found = precision_of(learn),_chosen('precisions', asked)
+    own,found = precision_name(learn),_chosen('precisions', asked)
     if device != 'cpu': return found
     if asked is None or found == [own]: return [own]
     raise ValueError(f'mixed precision does nothing on a CPU: expected precisions=["{own}"] there, as the learner '
@@ -57,15 +56,6 @@ def _frozen(learn, asked):
     if asked is None or True not in found: return [False]
     raise ValueError('frozen: the learner has one group of parameters, so no body to freeze: '
                      'give it a splitter, or leave frozen out')
-
-# %% ../../nbs/paddy_multi/accumulate/19_plan.ipynb #q12
-def _freeze(learn, model):
-    "Let of `model`, a copy of the learner's, train what `learn.freeze()` leaves"
-    model.requires_grad_(True)
-    for group in list(learn.splitter(model))[:-1]:
-        for p in group: p.requires_grad_(False)
-    if learn.train_bn:
-        for p in norm_bias_params(model, False): p.requires_grad_(True)
 
 # %% ../../nbs/paddy_multi/accumulate/19_plan.ipynb #q14
 @dataclass
@@ -85,21 +75,13 @@ class _Planner:
         return self.found[f, args]
 
 # %% ../../nbs/paddy_multi/accumulate/19_plan.ipynb #q17
-@contextmanager
-def _optimized_by(learn, opt_func):
-    "For the time of a trace, another optimizer"
-    before,learn.opt_func = learn.opt_func,opt_func
-    try: yield
-    finally: learn.opt_func = before
+def _what_trains(frozen): return 'head' if frozen else 'all'
 
 def _trace(self, half, checkpointing, frozen):
     "Memory of a step, and FLOPs and operations of a whole batch"
-    def prepare(model):
-        if frozen: _freeze(self.learn, model)
-        checkpoint_activations(model, checkpointing)
-    with _optimized_by(self.learn, plain_sgd(self.learn.opt_func) or self.learn.opt_func):
-        memory = step_memory(self.learn, self.device, 'as is' if frozen else 'all', valid=self.valid, prepare=prepare,
-                             counter=Costs, dtype=torch.float16 if half else None)
+    def prepare(model): checkpoint_activations(model, checkpointing)
+    memory = step_memory(self.learn, self.device, _what_trains(frozen), valid=self.valid, prepare=prepare,
+                         counter=Costs, dtype=torch.float16 if half else None)
     count = memory.step.count
     count.flops = count.launches = 0
     replace(memory, valid_n=0).at(1)
@@ -112,23 +94,19 @@ def _with_optimizer(learn, name):
     return fused_optimizer(learn.opt_func) if name == 'fused' else plain_sgd(learn.opt_func)
 
 def _update(self, name, frozen):
-    "Bytes that an optimizer keeps, and that it needs while it steps; do gradients stay; and operations of a step"
-    def prepare(model):
-        if frozen: _freeze(self.learn, model)
-    with _optimized_by(self.learn, _with_optimizer(self.learn, name)):
-        step = TracedStep(self.learn, one_item(self.learn)[0], self.device, 'as is' if frozen else 'all',
-                          prepare=prepare, counter=Costs)
-    return dict(state=step.state, update=step.update), step.keeps_gradients, step.count.launches/2
+    "Two steps of an optimizer: what it keeps, what it needs on top, and what it starts"
+    learn = copy(self.learn)
+    learn.opt_func,learn.cbs,learn.loss_func = _with_optimizer(self.learn, name),L(),None
+    return TracedStep(learn, (), self.device, _what_trains(frozen), counter=Costs)
 
 # %% ../../nbs/paddy_multi/accumulate/19_plan.ipynb #q22
 def _memory(self, half, checkpointing, frozen, optimizer):
     "Memory of a step with an optimizer"
     memory = self.once(_trace, half, checkpointing, frozen)[0]
-    update,keeps_gradients,_ = self.once(_update, optimizer, frozen)
-    step = copy(memory.step)
-    step.keeps_gradients = keeps_gradients
-    same = keeps_gradients == memory.step.keeps_gradients
-    return replace(memory, step=step, runs=memory.runs if same else {}, **update)
+    update,step = self.once(_update, optimizer, frozen),copy(memory.step)
+    step.keeps_gradients = update.keeps_gradients
+    same = update.keeps_gradients == memory.step.keeps_gradients
+    return replace(memory, step=step, runs=memory.runs if same else {}, state=update.state, update=update.update)
 
 # %% ../../nbs/paddy_multi/accumulate/19_plan.ipynb #q25
 def _sizes(n, smallest):
@@ -154,16 +132,25 @@ def needs(self:_Planner, memory, accum):
 @patch
 def fewest(self:_Planner, memory):
     "Chunks of a batch"
+    if self.needs(memory, 1) <= self.budget: return 1  # nor need the model take one item then
     n = memory.n
     def fits(m): return self.needs(memory, math.ceil(n/m)) <= self.budget
     return math.ceil(n/_largest(_sizes(n, memory.smallest()), fits))
+
+# %% ../../nbs/paddy_multi/accumulate/19_plan.ipynb #q70
+@patch
+def is_frozen(self:_Planner):
+    "Does the learner train now what it does after `freeze()`?"
+    models = self.once(_update, 'as is', True).model,self.learn.model
+    after,now = ([p.requires_grad for p in o.parameters()] for o in models)
+    return after == now
 
 # %% ../../nbs/paddy_multi/accumulate/19_plan.ipynb #q30
 @patch
 def changes(self:_Planner, accum, precision, optimizer, checkpointing, frozen):
     "How much a plan changes the training, and what"
     batchnorm = accum > 1 and any(isinstance(m, _BatchNorm) for m in self.learn.model.modules())
-    found = {precision: 1} if precision != precision_of(self.learn) else {}
+    found = {precision: 1} if precision != precision_name(self.learn) else {}
     if batchnorm: found['BatchNorm over fewer items'] = 2
     if optimizer == 'sgd': found['SGD'] = 3
     if frozen and not self.stays_frozen: found['body frozen'] = 3
@@ -179,11 +166,11 @@ def plan(self:_Planner, way, accum=None):
     setting = self.half(way), way['checkpointing'], way['frozen']
     memory = self.once(_memory, *setting, way['optimizer'])
     _,flops,launches = self.once(_trace, *setting)
-    whole_flops = self.once(_trace, setting[0], False, False)[1]
+    whole_flops = self.once(_trace, setting[0], False, self.stays_frozen)[1]
     if accum and accum > memory.n: raise ValueError(f'accums: a batch of {memory.n} cannot be run in {accum} chunks')
     m = math.ceil(memory.n/(accum or self.fewest(memory)))
     accum = math.ceil(memory.n/m)
-    launches = launches*accum + self.once(_update, way['optimizer'], way['frozen'])[2]
+    launches = launches*accum + self.once(_update, way['optimizer'], way['frozen']).count.launches/2
     level,changes = self.changes(accum, **way)
     needs = self.needs(memory, accum)
     return TrainingPlan(
@@ -236,10 +223,11 @@ def plan_training(
     accums = _accums(accums)
     asked = dict(precision=_precisions(learn, device, precisions), optimizer=_chosen('optimizers', optimizers),
                  checkpointing=_chosen('checkpointing', checkpointing), frozen=_frozen(learn, frozen))
-    is_frozen,head = not all(p.requires_grad for p in learn.model.parameters()),asked['frozen'] == [True]
-    planner = _Planner(learn, device, valid, budget, reserve, stays_frozen=is_frozen and head)
+    head,all_trains = asked['frozen'] == [True],all(p.requires_grad for p in learn.model.parameters())
+    planner = _Planner(learn, device, valid, budget, reserve)
+    planner.stays_frozen = head and planner.is_frozen()
     ways = [dict(zip(asked, o)) for o in itertools.product(*asked.values())]
     lacks = [planner.lacks(o) for o in ways]
     if all(lacks): raise ValueError(lacks[0])
     plans = [planner.plan(way, accum) for way,lack in zip(ways, lacks) if not lack for accum in accums]
-    return TrainingPlans(plans, budget, _note if is_frozen and not head else '')
+    return TrainingPlans(plans, budget, '' if all_trains or head else _note)
