@@ -317,7 +317,8 @@ def within_a_card(row):
     found = on_a_card(row)
     allocated, reserved = row['allocated'], row['reserved']
     assert abs(found.total+found.workspace-allocated) <= max(.03*allocated, 30e6)
-    if reserved: assert .87 < found.reserved/reserved < 1.1
+    held = found.total+found.workspace  # fits of the card saw one batch again and again, so none before it was held
+    if reserved: assert .87 < found.reserved/reserved*(held/(held+found.inputs)) < 1.1
 
 
 needs_kernels = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason='this PyTorch has no kernels of CUDA')
