@@ -7,12 +7,17 @@ __all__ = []
 
 # %% ../../nbs/paddy_multi/accumulate/02_loss_check.ipynb #n003
 import math
+import random
+import sys
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from fastai.torch_core import get_random_states, set_random_states
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,47 +26,85 @@ from ..core.nested import is_list, made_of
 from ..core.tensors import plain, restore_buffers
 
 # %% ../../nbs/paddy_multi/accumulate/02_loss_check.ipynb #n011
+def _by_target(targs, n):
+    "Numbers `[keys, n]` that tell items apart, of all targets in which any differ; lowest where one is missing"
+    tensors = []
+    map_tensors(tensors.append, targs)
+    keys = [_keys(plain(o).detach()) for o in tensors if o.ndim and len(o) == n and o.numel()]
+    keys = torch.cat([torch.arange(n)[None].float(), *keys])
+    differ = (keys[1:] != keys[1:,:1]).any(1)
+    return keys[1:][differ] if differ.any() else keys[:1]
+
+def _keys(targ):
+    "The columns of a narrow target, as rows; level and spread of a wide one"
+    rows = targ.reshape(len(targ), -1)[:,:4096].float()
+    if rows.shape[1] > 8: rows = (rows.mean(1) + rows.std(1, correction=0))[:,None]
+    return rows.t().nan_to_num(-math.inf).cpu()
+
+# %% ../../nbs/paddy_multi/accumulate/02_loss_check.ipynb #n011b
+def _spread(keys, k):
+    "`k` places: half of them by value, from the lowest to the highest of each row of `keys`, and some others"
+    values,order = keys.sort(dim=1, stable=True)
+    lower = F.pad((values[:,1:] != values[:,:-1]).cumsum(1), (1,0))  # how many values are lower
+    by_value = torch.linspace(0, 1, max(2, k//2//len(keys)))*lower[:,-1:]
+    picked = torch.zeros_like(keys[0], dtype=torch.bool)
+    picked[order.gather(1, torch.searchsorted(lower, by_value.round().long()))] = True
+    others = (~picked).nonzero()[:,0]
+    between = torch.linspace(0, len(others)-1, 2*int(k-picked.sum())+1)[1::2]
+    picked[others[between.round().long()]] = True
+    return picked.nonzero()[:,0]
+
+# %% ../../nbs/paddy_multi/accumulate/02_loss_check.ipynb #n011d
 def items_to_check(
     targs, # Targets of a batch, in any nesting
     n:int, # Items in the batch
     width:int, # Numbers in the output for one item
     chunks:list=(), # A slice for each chunk of the batch
 )->tuple: # Positions of some items, a `LongTensor`, and how many of these make the first chunk
-    "Up to 16 items whose targets differ most, fewer and of one of `chunks` where an output is large, in their order"
-    k,keys,among = max(2, min(16, 2**17//max(width, 1))),_by_target(targs, n),torch.arange(n)
+    "Up to 64 items whose targets differ most, fewer and of one of `chunks` where an output is large, in their order"
+    k,among = max(2, min(64, 2**17//max(width, 1))),torch.arange(n)
+    keys = _by_target(targs, n)[:k//2]
     if k < 16 and (of_several := [o for o in chunks if o.stop-o.start > 1]):
-        among = among[_most_unlike(keys, of_several)]
-    order,k = among[keys[among].sort(stable=True).indices],min(k, len(among))
-    return order[torch.linspace(0, len(order)-1, k).round().long()], max(1, k//3)
+        among = among[_most_unlike(keys[0], of_several)]
+    if len(among) > k: among = among[_spread(keys[:,among], k)]
+    ranks = keys[:,among].argsort(dim=1, stable=True).argsort(dim=1).amin(0)  # low in any target comes first
+    return among[ranks.argsort(stable=True)], _split(len(among))
+
+def _split(n):
+    "About a third of `n`, such that chunks of equal shares, as of 2 labels of 6 and 4 of 12, are none or all of it"
+    return next((i for i in range(n//3, 1, -1) if math.gcd(i, n) == 1), 1)
 
 def _most_unlike(keys, chunks):
     ranks = keys.unique(return_inverse=True)[1]
     return max(chunks, key=lambda o: int(ranks[o].max()-ranks[o].min()))
 
-def _by_target(targs, n):
-    "A number for every item: level and spread of its first target; lowest for a missing one"
-    tensors = []
-    map_tensors(tensors.append, targs)
-    first = next((o for o in tensors if o.ndim and len(o) == n), None)
-    if first is None: return torch.arange(n)
-    rows = plain(first).detach().reshape(n, -1)[:,:4096].float()
-    return (rows.mean(1) + rows.std(1, correction=0)).nan_to_num(-math.inf).cpu()
-
 # %% ../../nbs/paddy_multi/accumulate/02_loss_check.ipynb #n014
 class _SameNumbers(TorchDispatchMode):
-    "Random numbers of PyTorch's that are the same for every item"
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags: return func(*args, **kwargs)
-        name = func.overloadpacket.__name__
-        if name == 'native_dropout': return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-        res = func(*args, **{k: None if k == 'generator' else v for k,v in kwargs.items()})
-        if not isinstance(res, Tensor): return res
-        if name.startswith('randperm'): return res.copy_((torch.arange(len(res))+1)%len(res))
-        if 'dropout' in name or 'bernoulli' in name: return res.fill_(1)
-        if res.is_floating_point(): return res.fill_(.5)
-        low = [o for o in args if isinstance(o, int)][:-1]
-        return res.fill_(low[0] if name.startswith('randint') and low else 0)
+    "Random numbers of PyTorch's that are the same for every item; notes if any are drawn, and half precision"
+    drawn = half = False
+
+@patch  # a class that is born with it loads PyTorch's compiler, which takes a second
+def __torch_dispatch__(self:_SameNumbers, func, types, args=(), kwargs=None):
+    kwargs = kwargs or {}
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        res = func(*args, **kwargs)
+        if isinstance(res, Tensor) and res.dtype in (torch.float16, torch.bfloat16): self.half = True
+        return res
+    self.drawn,name = True,func.overloadpacket.__name__
+    if name == 'native_dropout': return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+    res = func(*args, **{k: None if k == 'generator' else v for k,v in kwargs.items()})
+    if not isinstance(res, Tensor): return res
+    if name.startswith('randperm'): return res.copy_((torch.arange(len(res))+1)%len(res))
+    if 'dropout' in name or 'bernoulli' in name: return res.fill_(1)
+    if res.is_floating_point(): return res.fill_(.5)
+    low = [o for o in args if isinstance(o, int)][:-1]
+    return res.fill_(low[0] if name.startswith('randint') and low else 0)
+
+class _SameInCompiled(_SameNumbers):
+    "The same, which a compiler does not look into"
+    def __torch_dispatch__(self, *args, **kwargs): return super().__torch_dispatch__(*args, **kwargs)
+
+def _same_numbers(): return _SameInCompiled() if 'torch._dynamo' in sys.modules else _SameNumbers()
 
 # %% ../../nbs/paddy_multi/accumulate/02_loss_check.ipynb #n017
 def _piece(o, items, n):
@@ -74,23 +117,32 @@ def _piece(o, items, n):
     return like([_piece(v, items, n) for v in contents])
 
 # %% ../../nbs/paddy_multi/accumulate/02_loss_check.ipynb #p002
-def _gradients(part, preds, targs, chunks, n, start):
-    "Gradients of the sum of `part` over `chunks`, slices of `n` items: one for every floating tensor in `preds`"
+def _gradients(part, preds, targs, chunks, n, start=None):
+    "Gradients of the sum of `part` over `chunks`, slices of `n` items: one for every tensor of numbers"
     wanted = []
     def leaf(o):
-        if not o.is_floating_point(): return o
+        if not (o.is_floating_point() or o.is_complex()): return o
         wanted.append(o.detach().requires_grad_())
         return wanted[-1]
     preds = map_tensors(leaf, preds)
     found = [None for _ in wanted]
     for items in chunks:
-        set_random_states(**start)
+        if start: set_random_states(**start)
         loss = part(_piece(preds, items, n), *(_piece(o, items, n) for o in targs))
         if not wanted or not isinstance(loss, Tensor) or not loss.requires_grad: continue
         grads = torch.autograd.grad(loss, wanted, allow_unused=True)
         found = [_sum(*o, in_place=g.ndim and len(g) == n) for g,o in zip(wanted, zip(found, grads))]
         del grads
-    return [torch.zeros_like(o) if g is None else plain(g) for o,g in zip(wanted, found)]
+    return [_real(torch.zeros_like(o) if g is None else plain(g)) for o,g in zip(wanted, found)]
+
+def _drawn_since(start):
+    "Did Python or NumPy draw random numbers?"
+    (_,keys,*places),(_,now,*here) = start['numpy_state'],np.random.get_state()
+    return places != here or random.getstate() != start['random_state'] or not np.array_equal(keys, now)
+
+def _real(o):
+    "A complex number as two, side by side"
+    return torch.view_as_real(o.resolve_conj()).reshape(*o.shape[:-1], -1) if o.is_complex() else o
 
 def _sum(a, b, in_place):
     "Sum of gradients, of which either may be None; that of a piece has memory of its own, and can take the next"
@@ -161,13 +213,16 @@ def check_adds_up(
 ):
     "`ValueError` unless the gradient of `loss` with respect to `preds` is the same in one batch and in two chunks"
     n = item_counter(*targs, preds)(*targs, preds)
-    pieces,start = [slice(0, split), slice(split, n)],get_random_states()
+    pieces,start,same = [slice(0, split), slice(split, n)],get_random_states(),_same_numbers()
+    def grads(part, pieces, start=None): return _gradients(part, preds, targs, pieces, n, start)
     try:
-        with _unchanged(loss, bs), torch.enable_grad(), _SameNumbers():
-            def grads(part, pieces): return _gradients(part, preds, targs, pieces, n, start)
-            whole = grads(loss, [slice(0, n)])
-            apart,tolerance = _furthest(whole, grads(part_of(*targs), pieces)),_tolerance(whole)
-            is_sum = apart > tolerance and _is_sum(whole, [grads(loss, [o]) for o in pieces], tolerance)
+        with _unchanged(loss, bs), torch.enable_grad():
+            with same: whole = grads(loss, [slice(0, n)])
+            again = start if same.drawn or _drawn_since(start) else None
+            with same if again else nullcontext():  # only then, as it takes time
+                chunked,tolerance = grads(part_of(*targs), pieces, again),_tolerance(whole, same.half)
+                apart = _furthest(whole, chunked)
+                is_sum = apart > tolerance and _is_sum(whole, [grads(loss, [o], again) for o in pieces], tolerance)
     except Exception as e:
         e.add_note(f'while {_name(loss)} was looked at for {n} items of a batch, to see whether it adds up over chunks')
         raise
@@ -182,7 +237,7 @@ def _is_sum(whole, each, tolerance):
     if not all(any(o.any() for o in grads) for grads in each): return False  # as of a chunk without labels
     return _furthest(whole, [sum(o) for o in zip(*each)]) <= tolerance
 
-def _tolerance(grads):
+def _tolerance(grads, half):
     "3e-2 where half precision takes part, else 1e-3"
-    half = any(o.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(o.device.type) for o in grads)
+    half |= any(o.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(o.device.type) for o in grads)
     return 3e-2 if half else 1e-3
