@@ -38,7 +38,7 @@ class TrainingPlan:
     opt_func:object=field(default=None, repr=False) # What makes the optimizer
 
 # %% ../../nbs/paddy_multi/accumulate/18_training_plan.ipynb #t04
-def _size_text(n): return f'{n/1e9:.1f} GB' if n >= 1e9 else f'{n/1e6:.3g} MB'
+def _size_text(n): return f'{n/1e9:.1f} GB' if n >= 999.5e6 else f'{n/1e6:.3g} MB'
 
 @patch
 def __str__(self:TrainingPlan):
