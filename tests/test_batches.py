@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
-from paddy_multi.accumulate.batches import (batch_size, check_learner, check_output, cut, even_chunks, joined,
-                                            show_items, split_items, whole_again)
+from paddy_multi.accumulate.batches import (batch_size, check_learner, check_output, cut, even_chunks,
+                                            is_out_of_memory, joined, same_parts, split_items)
+from paddy_multi.accumulate.passes import Shown
 from paddy_multi.core.nested import made_of, tensors_in
 
 D, C = 6, 5
@@ -293,7 +294,7 @@ def test_splits_that_are_wrong(split, error):
 def holding(xb, yb, *cbs):
     learn = Learner(DataLoaders([], []), nn.Linear(3, 1), loss_func=F.mse_loss, cbs=cbs)
     learn.create_opt()
-    learn.xb, learn.yb = xb, yb
+    learn.xb, learn.yb, learn.training = xb, yb, True
     return learn
 
 
@@ -302,8 +303,8 @@ def test_mixed_labels_may_be_nested(split):
     mix = MixUp()
     learn = holding((x,), ({'a': y},), mix)
     mix.yb1, mix.lam = ({'a': -y},), torch.arange(6.)
-    with whole_again(learn) as whole:
-        show_items(learn, whole, slice(2, 5), split)
+    with Shown(learn, 6, split) as shown:
+        shown.show(slice(2, 5))
         assert mix.yb1[0]['a'].tolist() == [-1, -1, -1] and mix.lam.tolist() == [2, 3, 4]
         assert learn.yb[0]['a'].tolist() == [1, 1, 1] and learn.xb[0].shape == (3, 3)
     assert mix.lam.shape == (6,) and mix.yb1[0]['a'].shape == (6,) and learn.xb[0] is x
@@ -314,22 +315,73 @@ def test_one_proportion_for_all(lam):
     mix = CutMix()
     learn = holding((x,), (y,), mix)
     mix.yb1, mix.lam = (y,), lam
-    with whole_again(learn) as whole:
-        show_items(learn, whole, slice(2, 4))
+    with Shown(learn, 6) as shown:
+        shown.show(slice(2, 4))
         assert float(mix.lam) == pytest.approx(.3)
 
 
 def test_mixing_that_has_not_begun():
     learn = holding((x,), (y,), MixUp())
-    with whole_again(learn) as whole: show_items(learn, whole, slice(2, 4))
+    with Shown(learn, 6) as shown: shown.show(slice(2, 4))
     assert learn.yb[0] is y
 
 
-def test_an_error_without_an_optimizer_stays_what_it_is():
+def test_a_batch_is_whole_again_after_an_error():
     learn = holding((x,), (y,))
-    learn.opt = None
-    with pytest.raises(KeyError), whole_again(learn): raise KeyError
-    assert learn.xb[0] is x
+    with pytest.raises(KeyError), Shown(learn, 6) as shown:
+        shown.show(slice(2, 4))
+        raise KeyError
+    assert learn.xb[0] is x and learn.yb[0] is y
+
+
+def test_a_split_is_asked_once_a_chunk_and_once_for_its_places():
+    calls = []
+    def split(xb, yb, items):
+        calls.append(items)
+        return (xb[0][items],), (yb[0][items],)
+    with Shown(holding((x,), (y,)), 6, split) as shown:
+        for i in range(0, 6, 2): shown.show(slice(i, i+2))
+    assert calls == [slice(0, 1), slice(0, 2), slice(2, 4), slice(4, 6)]
+
+
+# --- parts that all items share -------------------------------------------------------------------------------------
+@pytest.mark.parametrize('shared', [torch.ones(3, 2), [torch.ones(4)]*3, {'a': [torch.ones(3)]}, np.ones(3)], ids=type)
+def test_what_items_share_is_not_cut_in_a_batch_of_as_many(shared):
+    def batch(n): return (x[:n], shared), (y[:n],)
+    seen = same_parts(batch(6), 6, same_parts(batch(5), 5, {}))
+    said = 'which parts of a batch belong to its items, as this one does by its length in a batch of 3.*split=function'
+    with pytest.raises(ValueError, match=said): same_parts(batch(3), 3, seen)
+    first = same_parts(batch(3), 3, {})
+    with pytest.raises(ValueError, match='this one does not by its length in a batch of 5, and did in a batch before'):
+        same_parts(batch(5), 5, first)
+
+
+def test_pictures_of_any_size_are_those_of_the_items():
+    def batch(*sizes): return ([torch.ones(3, k, k) for k in sizes],), (torch.ones(len(sizes)), [None]*len(sizes))
+    seen = {}
+    for sizes in (4, 5, 6, 7), (3, 3, 3), (2, 9): seen = same_parts(batch(*sizes), len(sizes), seen)
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('text', [
+    'CUDA error: out of memory', 'cuDNN error: CUDNN_STATUS_ALLOC_FAILED',
+    'cusolver error: CUSOLVER_STATUS_ALLOC_FAILED',
+    'CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling', 'MPS backend out of memory (MPS allocated: 1 GB)',
+    'HIP out of memory. Tried to allocate 1 GB', "DefaultCPUAllocator: can't allocate memory"])
+def test_errors_of_memory_are_known_by_their_words(text):
+    assert is_out_of_memory(RuntimeError(text)) and not is_out_of_memory(ValueError(text))
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('register', ['register_full_backward_hook', 'register_full_backward_pre_hook',
+                                      'register_backward_hook'])
+def test_hooks_on_gradients_of_modules_are_refused(register):
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    handle = getattr(model[1], register)(lambda *_: None)
+    with pytest.raises(ValueError, match=r"gradients of '1' \(Linear\), .* do its work in before_step"):
+        check_learner(SimpleNamespace(cbs=[], model=model), None)
+    handle.remove()
+    check_learner(SimpleNamespace(cbs=[], model=model), None)
 
 
 def test_callbacks_of_recurrent_models_are_welcome():

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from paddy_multi.accumulate.batches import even_chunks, joined
-from paddy_multi.accumulate.coupling import (coupling_text, mixing_layers, rows_of_state, scalar_adds_up,
-                                             watch_state)
+from paddy_multi.accumulate.coupling import (coupling_text, is_known, mixing_layers, rows_of_state, scalar_adds_up,
+                                             state_keepers, watch_state)
 from paddy_multi.core.nested import copied, tensors_in
 
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
@@ -353,6 +353,49 @@ def test_trials_of_a_single_item_do_not_warn(bs):
         mixing_layers(model, (X,), 6, bs)
 
 
+# --- layers that are known ------------------------------------------------------------------------------------------
+class Own(nn.Linear): "A class of one's own"
+
+
+def with_forward(m):
+    m.forward = lambda x: x-x.mean(0)
+    return m
+
+
+def hooked(m, register='register_forward_hook'):
+    getattr(m, register)(lambda *_: None)
+    return m
+
+
+UNKNOWN = dict(
+    own_class=lambda: Own(3, 4), own_forward=lambda: with_forward(nn.Linear(3, 4)),
+    hook=lambda: hooked(nn.Linear(3, 4)),
+    pre_hook=lambda: hooked(nn.ReLU(), 'register_forward_pre_hook'), flat_items=lambda: nn.Flatten(0),
+    items_apart=lambda: nn.Unflatten(0, (2, 3)), recurrent=lambda: nn.GRU(3, 4),
+    attention=lambda: nn.MultiheadAttention(4, 2), softmax=lambda: nn.Softmax(0),
+    own_container=lambda: Of(lambda m, x: x-x.mean(0), lin=nn.Linear(3, 4)),
+    spectral=lambda: nn.utils.spectral_norm(nn.Linear(3, 4)),
+    parametrized=lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)))
+
+
+@pytest.mark.parametrize('name', UNKNOWN)
+def test_a_stack_with_one_layer_that_is_not_known_is_tried(name):
+    assert not is_known(nn.Sequential(nn.Linear(6, 3), UNKNOWN[name]()))
+
+
+def test_a_stack_of_known_layers_is_not_tried():
+    runs = []
+    class Stack(nn.Sequential): pass
+    model = Stack(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2),
+                  nn.Flatten(), Stack(nn.Dropout(.5), nn.LayerNorm(36), nn.Linear(36, 2)))
+    assert is_known(model) and is_known(torch.compile(model)._orig_mod)
+    known, conv = [], model[1]
+    conv._conv_forward = lambda *args: runs.append(1) or type(conv)._conv_forward(conv, *args)
+    assert mixing_layers(model, (torch.randn(6, 64),), 6) == known and not runs
+    Stack.forward = lambda self, x: nn.Sequential.forward(self, x)
+    assert not is_known(model) and mixing_layers(model, (torch.randn(6, 64),), 6) == [] and runs
+
+
 # --- hidden state by row --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('bidir', [False, True])
 @pytest.mark.parametrize('bs', [1, 3, 8])
@@ -364,7 +407,7 @@ def test_chunks_read_on_where_their_rows_stopped(bs, bidir):
         return model
     whole, chunked = make(), make()
     for n in (8, 8, 5, 7, 8):
-        text, outs, rows = torch.randint(2, 20, (n, 4)), [], rows_of_state(chunked, n)
+        text, outs, rows = torch.randint(2, 20, (n, 4)), [], rows_of_state(state_keepers(chunked), n)
         for items in even_chunks(n, bs):
             rows.show(items)
             outs.append(chunked(text[items]))
@@ -381,7 +424,7 @@ def test_chunks_read_on_where_their_rows_stopped(bs, bidir):
 def test_models_without_rows_are_left_alone():
     model = recurrent(torch.Tensor.detach)
     before = state_of(model)
-    rows = rows_of_state(model, 6)
+    rows = rows_of_state(state_keepers(model), 6)
     rows.show(slice(0, 3))
     rows.keep(slice(0, 3))
     rows.whole()

@@ -18,6 +18,25 @@ from .batches import cut
 from .trials import Trials, are_same, places_of_state
 from ..core.nested import copied, made_of, tensors_in
 
+# %% ../../nbs/paddy_multi/accumulate/04_coupling.ipynb #kn02
+_known = {getattr(nn, o) for o in '''
+    Identity Linear Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d
+    ReLU ReLU6 LeakyReLU PReLU ELU SELU CELU GELU SiLU Mish Sigmoid Tanh Softplus Hardtanh Hardswish Hardsigmoid
+    LayerNorm GroupNorm BatchNorm1d BatchNorm2d BatchNorm3d Dropout Dropout1d Dropout2d Dropout3d AlphaDropout
+    MaxPool1d MaxPool2d MaxPool3d AvgPool1d AvgPool2d AvgPool3d AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d
+    AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d PixelShuffle Upsample ZeroPad2d ReflectionPad2d Embedding
+    Flatten Unflatten'''.split()}
+
+def is_known(
+    model:nn.Module, # Any model
+)->bool:
+    "Is `model` a stack of layers that are known to take each item by itself?"
+    def apart(m):
+        if 'forward' in vars(m) or m._forward_hooks or m._forward_pre_hooks: return False
+        if type(m) in (nn.Flatten, nn.Unflatten): return getattr(m, 'start_dim', getattr(m, 'dim', 0)) > 0
+        return type(m) in _known or isinstance(m, nn.Sequential) and type(m).forward is nn.Sequential.forward
+    return all(map(apart, model.modules()))
+
 # %% ../../nbs/paddy_multi/accumulate/04_coupling.ipynb #n014
 @contextmanager
 def watch_state(
@@ -30,15 +49,19 @@ def watch_state(
     yield watch
     buffers,attributes = [[k for k,v in _values(model, buffers=kind).items() if k not in old or not are_same(v, old[k])]
                           for kind,old in zip((True, False), before)]
-    by_row = [f'{o}.{k}'.lstrip('.') for o,_ in _keepers(model) for k in ('hidden', 'bs')]
+    by_row = [f'{o}.{k}'.lstrip('.') for o,_ in state_keepers(model) for k in ('hidden', 'bs')]
     attributes = [o for o in attributes if o not in by_row]
     watch.changed = buffers + (_remembered(model, attributes, xb) if attributes else [])
 
 def _values(model, buffers):
     return {k: copied(d[a], 'cpu') for k,(d,a) in places_of_state(model, buffers).items()}
 
-def _keepers(model):  # Modules that keep hidden state by row, as those of fastai's language models
-    return [(o, m) for o,m in model.named_modules() if all(hasattr(m, k) for k in ('hidden', 'bs', '_change_hidden'))]
+def state_keepers(
+    model:nn.Module, # Any model
+)->list: # Names and modules
+    "Modules of `model` that keep hidden state by row, as those of fastai's language models"
+    model,kept = getattr(model, '_orig_mod', model),('hidden', 'bs', '_change_hidden')
+    return [(o, m) for o,m in model.named_modules() if all(hasattr(m, k) for k in kept)]
 
 # %% ../../nbs/paddy_multi/accumulate/04_coupling.ipynb #n015
 def _remembered(model, names, xb):
@@ -92,6 +115,7 @@ def mixing_layers(
 )->list: # Names of layers, with their classes
     "Layers other than BatchNorm in which an item's output depends on other items of its batch"
     model = getattr(model, '_orig_mod', model)
+    if is_known(model): return []
     known = [m for m in model.modules() if type(m).__name__ in _mixing and m.training]
     rows = next(k for k in (8, 4, 2) if k <= max(min(n, bs), 2))  # as layers want it with statistics of a few items
     try:
@@ -175,9 +199,9 @@ def coupling_text(
 
 # %% ../../nbs/paddy_multi/accumulate/04_coupling.ipynb #n031
 class RowsOfState:
-    "Hidden state of `model`, with a row for each of `n` items"
-    def __init__(self, model, n):
-        self.modules = [m for _,m in _keepers(getattr(model, '_orig_mod', model))]
+    "Hidden state of modules, with a row for each of `n` items"
+    def __init__(self, keepers, n):
+        self.modules = [m for _,m in keepers]
         for m in self.modules:
             if m.bs != n: m._change_hidden(n)  # as it would for the whole batch
         self.n,self.start,self.kept = n,[m.hidden for m in self.modules],[[] for _ in self.modules]
@@ -207,8 +231,8 @@ def _joined_rows(states):
     return like([_joined_rows(o) for o in zip(*(made_of(s)[0] for s in states))])
 
 def rows_of_state(
-    model:nn.Module, # Any model; nothing happens to one without such state
+    keepers:list, # What `state_keepers` gave; nothing happens to a model without any
     n:int, # Items in the batch
 )->RowsOfState: # For `with`; to `show` and `keep` round each chunk, and to make `whole` at the end
     "The hidden state that fastai's language models keep from batch to batch, by rows of the batch"
-    return RowsOfState(model, n)
+    return RowsOfState(keepers, n)

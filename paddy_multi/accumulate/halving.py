@@ -15,6 +15,7 @@ from fastcore.basics import patch
 
 from .batches import is_out_of_memory
 from .passes import Passes
+from ..core.nested import tensors_in
 from ..core.tensors import restore_buffers
 
 # %% ../../nbs/paddy_multi/accumulate/08_halving.ipynb #n007
@@ -24,27 +25,36 @@ class Halving(Passes):
 
 @patch
 def _fits(self:Halving, run):  # Whether `run` had enough memory; if not, nothing is left of it
-    buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()] if self.auto else []
+    learn,before = self.learn,_versions(self.learn) if self.auto else []
+    buffers = [(buffer, buffer.clone()) for buffer in learn.model.buffers()] if self.auto else []
     self.forget()
     try:
         run()
         return True
     except BaseException as e:
         self.leave_autocast()
+        if learn.training: self.drop_gradients()
         if not self.auto or min(self.bs, self.n) == 1 or not is_out_of_memory(e): raise
+        if before != _versions(learn):
+            e.add_note('MicroBatch(auto=True) cannot run the batch again with fewer items, as the model has changed '
+                       'its input in place: let it leave its input alone, as without inplace=True in its first layer')
+            raise
     # Outside of `except`, whose traceback holds the tensors of the failed run
     self.enter_autocast()
     restore_buffers(buffers)
-    self.learn.pred = self.learn.loss = self.learn.loss_grad = None
+    learn.pred = learn.loss = learn.loss_grad = None
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
     return False
+
+def _versions(learn):  # How often each tensor of the batch was changed in place
+    return [t._version for t in tensors_in((learn.xb, learn.yb)) if not t.is_inference()]
 
 # %% ../../nbs/paddy_multi/accumulate/08_halving.ipynb #n010
 @patch
 def until_it_fits(self:Halving, run):
     "Run the batch; while memory runs out and `auto` is set, run it again with half of `bs` from the same state"
-    start,tried = get_random_states(),self.bs
+    start,tried = get_random_states() if self.auto else {},self.bs
     while not self._fits(run):
         self.bs = (min(self.bs, self.n)+1)//2
         set_random_states(**start)

@@ -11,24 +11,24 @@ from contextlib import contextmanager, nullcontext
 from warnings import warn
 
 import torch
-from fastai.callback.core import CancelBatchException, CancelStepException
+from fastai.callback.core import CancelBatchException
 from fastai.callback.rnn import RNNRegularizer
 from fastcore.basics import patch
 
-from .batches import batch_size, check_learner, even_chunks, show_items, whole_again
+from .batches import batch_size, check_learner, even_chunks, same_parts
 from .chunks import learner_chunk_loss
-from .coupling import mixing_layers, rows_of_state
+from .coupling import mixing_layers, rows_of_state, state_keepers
 from .halving import Halving
-from .outputs import (FewItems, NotKept, Reach, detached, equal_chunks, is_compiled,
+from .outputs import (FewItems, Looks, NotKept, detached, equal_chunks, is_compiled,
                                             joined_outputs, keeps_outputs, reuses_memory)
-from .passes import warns_of_mixing
+from .passes import Shown, warns_of_mixing
 from .whole_head import backward_in_chunks, body_and_head, features_in_chunks, one_input
 
 # %% ../../nbs/paddy_multi/accumulate/09_microbatch.ipynb #n012
 class MicroBatch(Halving):
     "Run every batch `bs` items at a time, and update once, as the whole batch would"
     order,reads_outputs = math.inf,False  # after all that prepare the batch
-    _mixes,_adds_up = None,False
+    _adds_up = None  # the loss that was seen to add up
     def __init__(self,
         bs:int, # Items on the device at a time
         whole_head:bool=False, # Run the last part and the loss on the whole batch? Exact with BatchNorm there
@@ -49,24 +49,27 @@ class MicroBatch(Halving):
     def __call__(self, event_name):
         "As any callback, but an error of the model or the loss stays as it is"
         if event_name != 'before_batch': return super().__call__(event_name)
-        if self.run and (self.training or self.valid): self.before_batch()
+        if self.run and (self.learn.training or self.valid): self.before_batch()
 
 # %% ../../nbs/paddy_multi/accumulate/09_microbatch.ipynb #n015
 @patch
 def before_fit(self:MicroBatch):
     "Refuse what cannot be split"
-    self._mixes = None
-    if self.learn.lock.locked(): return  # validation, which never unlocks the learner after an error here
-    check_learner(self.learn, self)
-    if self.whole_head: body_and_head(self.model)
-    self._batches,self._due,self._reach,self._warned,self._adds_up = 0,1,Reach(),False,False
+    learn,model = self.learn,self.learn.model
+    self._mixes,self._parts,self._keepers = None,{},state_keepers(model)
+    self._compiled,self._reused = is_compiled(model),reuses_memory(model)
+    if learn.lock.locked(): return  # validation, which never unlocks the learner after an error here
+    check_learner(learn, self)
+    if self.whole_head: body_and_head(model)
+    self._looks,self._look,self._warned,self._adds_up = Looks(),None,False,None
 
 # %% ../../nbs/paddy_multi/accumulate/09_microbatch.ipynb #n018
 @patch
 def _chunks(self:MicroBatch):  # A slice for each chunk of the batch, and the number of items in each
-    chunks = (equal_chunks if is_compiled(self.model) else even_chunks)(self.n, self.bs)
+    chunks = (equal_chunks if self._compiled else even_chunks)(self.n, self.bs)
     sizes = [o.stop-o.start for o in chunks]
-    if self.training and self.n > 1 and 1 in sizes and any(cb.beta for cb in self.learn._grab_cbs(RNNRegularizer)):
+    learn,apart = self.learn,self.n > 1 and 1 in sizes
+    if learn.training and apart and any(cb.beta for cb in learn._grab_cbs(RNNRegularizer)):
         raise ValueError('RNNRegularizer leaves out a chunk of one text, though not a batch of several: '
                          f'use MicroBatch(3) or more, found {self.bs} for a batch of {self.n}')
     return chunks, sizes
@@ -82,11 +85,8 @@ def _output(self:MicroBatch, rows, items):  # Output of the model for the `items
 # %% ../../nbs/paddy_multi/accumulate/09_microbatch.ipynb #n021
 @patch
 def _looks_at_loss(self:MicroBatch, known):  # Is this batch one that the loss is checked on?
-    grows,self._batches = not known and self._reach.grows(self.learn.yb),self._batches+1
-    due = self._batches == self._due
-    if due: self._due = 2*self._due+99
-    if known and self.split and not hasattr(self.learn.loss_func, 'parts'): return False
-    return due and (not known or self._batches == 1) or grows
+    no_items = known and self.split and not hasattr(self.learn.loss_func, 'parts')
+    return not no_items and self._looks.next(self.learn.yb, known)
 
 # %% ../../nbs/paddy_multi/accumulate/09_microbatch.ipynb #k003
 @patch
@@ -107,20 +107,20 @@ def _run_chunks(self:MicroBatch):
     "Forward and backward of every chunk; leaves the loss and the output of the whole batch in the learner"
     learn,total,outs,self._shown = self.learn,0.,[],self.n
     part,known = learner_chunk_loss(learn, count=lambda *targs: self._shown)
-    looks = self.n > self.bs and self._looks_at_loss(known)
+    if self._look is None and self.n > self.bs: self._look = self._looks_at_loss(known)
     keep = keeps_outputs(learn) if self.keep is None else self.keep
     chunks,sizes = self._chunks()
     few = FewItems(learn.yb, self.n, chunks)
-    with whole_again(learn) as whole, rows_of_state(self.model, self.n) as rows:
+    with Shown(learn, self.n, self.split) as shown, rows_of_state(self._keepers, self.n) as rows:
         for items in chunks:
-            show_items(learn, whole, items, self.split)
+            shown.show(items)
             total = total + self._train_chunk(rows, items, part)
-            if looks: few.add(learn.pred, learn.yb, items)
+            if self._look: few.add(learn.pred, learn.yb, items)
             if keep: outs.append(detached(learn.pred, copied=self._reused))
             learn.pred = None
-            if looks and few.are_all_here():
+            if self._look and few.are_all_here():
                 self.check_loss(*few.all(), self.bs)
-                looks,self._adds_up = False,True
+                self._look,self._adds_up = False,learn.loss_func
     learn.pred = joined_outputs(outs, sizes, self.split) if keep else NotKept()
     learn.loss,learn.loss_grad = total,total
 
@@ -143,16 +143,15 @@ def _run_whole_head(self:MicroBatch):
     learn,(body,head) = self.learn,body_and_head(self.model)
     x,chunks = one_input(learn.xb, self.bs),even_chunks(self.n, self.bs)
     trains = any(p.requires_grad for p in body.parameters())
-    with whole_again(learn):
-        self.enter_autocast()
-        with torch.no_grad(): feats,starts = features_in_chunks(body, x, chunks, again=trains)
-        torch.clear_autocast_cache()  # of weights that were cast without a graph
-        feats.requires_grad_(trains)
-        learn.pred = head(feats)
-        learn('after_pred')
-        self.set_loss(learn.loss_func(learn.pred, *learn.yb))
-        self.backward()
-        if feats.grad is not None: backward_in_chunks(body, x, chunks, starts, feats.grad, self.autocast)
+    self.enter_autocast()
+    with torch.no_grad(): feats,starts = features_in_chunks(body, x, chunks, again=trains)
+    torch.clear_autocast_cache()  # of weights that were cast without a graph
+    feats.requires_grad_(trains)
+    learn.pred = head(feats)
+    learn('after_pred')
+    self.set_loss(learn.loss_func(learn.pred, *learn.yb))
+    self.backward()
+    if feats.grad is not None: backward_in_chunks(body, x, chunks, starts, feats.grad, self.autocast)
     learn.pred,learn.loss,learn.loss_grad = detached(learn.pred),learn.loss.detach(),learn.loss_grad.detach()
 
 # %% ../../nbs/paddy_multi/accumulate/09_microbatch.ipynb #v002
@@ -162,22 +161,19 @@ def _part_in_valid(self:MicroBatch):
     learn,self._shown = self.learn,self.n
     if not len(learn.yb) or self.whole_head or self.keep or len(learn.metrics) or keeps_outputs(learn): return None
     part,known = learner_chunk_loss(learn, count=lambda *targs: self._shown)
-    return part if known or self._adds_up else None
+    return part if known or self._adds_up is learn.loss_func else None
 
 @patch
 def _sum_valid(self:MicroBatch, part):
     "Loss of a batch of validation whose output nobody reads"
-    learn,(chunks,_) = self.learn,self._chunks()
-    whole,total = (learn.xb, learn.yb, []),0.
-    try:
-        with rows_of_state(self.model, self.n) as rows:
-            for items in chunks:
-                show_items(learn, whole, items, self.split)
-                self._shown = items.stop-items.start
-                learn.pred = self._output(rows, items)
-                learn('after_pred')
-                total,learn.pred = total+part(learn.pred, *learn.yb),None
-    finally: learn.xb,learn.yb,_ = whole
+    learn,total = self.learn,0.
+    with Shown(learn, self.n, self.split) as shown, rows_of_state(self._keepers, self.n) as rows:
+        for items in self._chunks()[0]:
+            shown.show(items)
+            self._shown = items.stop-items.start
+            learn.pred = self._output(rows, items)
+            learn('after_pred')
+            total,learn.pred = total+part(learn.pred, *learn.yb),None
     learn.pred,learn.loss,learn.loss_grad = NotKept(),total,total
     learn('after_loss')
 
@@ -185,11 +181,10 @@ def _sum_valid(self:MicroBatch, part):
 @patch
 def _run_valid(self:MicroBatch):
     "Output of every chunk, and the loss of the whole batch if it has targets"
-    learn,xb,yb = self.learn,self.learn.xb,self.learn.yb
+    learn = self.learn
     learn.pred = None  # of the batch before
     if part := self._part_in_valid(): return self._sum_valid(part)
-    try: outs,sizes = self._outputs(xb, yb)
-    finally: learn.xb,learn.yb = xb,yb
+    outs,sizes = self._outputs()
     learn.pred = joined_outputs(outs, sizes, self.split)
     del outs
     learn('after_pred')
@@ -199,15 +194,15 @@ def _run_valid(self:MicroBatch):
     learn('after_loss')
 
 @patch
-def _outputs(self:MicroBatch, xb, yb):  # Outputs of the chunks and their sizes; a single one under a whole head
+def _outputs(self:MicroBatch):  # Outputs of the chunks and their sizes; a single one under a whole head
     if self.whole_head and self.n > self.bs:
         body,head = body_and_head(self.model)
-        feats,_ = features_in_chunks(body, one_input(xb, self.bs), even_chunks(self.n, self.bs), again=False)
+        feats,_ = features_in_chunks(body, one_input(self.learn.xb, self.bs), even_chunks(self.n, self.bs), again=False)
         return [head(feats)], [self.n]
     outs,(chunks,sizes) = [],self._chunks()
-    with rows_of_state(self.model, self.n) as rows:
+    with Shown(self.learn, self.n, self.split) as shown, rows_of_state(self._keepers, self.n) as rows:
         for items in chunks:
-            show_items(self.learn, (xb, yb, []), items, self.split)
+            shown.show(items)
             outs.append(detached(self._output(rows, items), copied=self._reused))
     return outs, sizes
 
@@ -215,12 +210,14 @@ def _outputs(self:MicroBatch, xb, yb):  # Outputs of the chunks and their sizes;
 @patch
 def before_batch(self:MicroBatch):
     "Run the chunks, and make the step of a training batch; then tell fastai that nothing is left to do"
-    if self.training and not len(self.yb): return  # nor does fastai update without a target
-    self.learn.xb,self.learn.yb = tuple(self.xb),tuple(self.yb)  # loaders of PyTorch give lists
-    self.n,self._reused = batch_size(self.xb, self.yb, self.split),reuses_memory(self.model)
+    learn = self.learn
+    if learn.training and not len(learn.yb): return  # nor does fastai update without a target
+    learn.xb,learn.yb = tuple(learn.xb),tuple(learn.yb)  # loaders of PyTorch give lists
+    self.n = batch_size(learn.xb, learn.yb, self.split)
+    if self.n > self.bs and not self.split: self._parts = same_parts((learn.xb, learn.yb), self.n, self._parts)
     self.begin()
     try:
-        if self.training: self._train()
+        if learn.training: self._train()
         elif self._mixes_in_valid(): return
         else: self.until_it_fits(self._run_valid)
     except BaseException:
@@ -239,12 +236,7 @@ def _mixes_in_valid(self:MicroBatch):
 
 @patch
 def _train(self:MicroBatch):  # Gradient of the batch, then the step
+    self._look = None
     run = self._run_whole_head if self.whole_head and self.n > self.bs else self._run_chunks
     with self._warning(): self.until_it_fits(run)
-    try:
-        self.backward_done()
-        self.learn._with_events(self.learn._step, 'step', CancelStepException)
-    except BaseException as e:
-        if not isinstance(e, CancelBatchException): self.opt.zero_grad()  # else a callback adds up several batches
-        raise
-    self.opt.zero_grad()
+    self.make_step()

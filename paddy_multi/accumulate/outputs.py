@@ -7,10 +7,12 @@ __all__ = ['without_outputs']
 
 # %% ../../nbs/paddy_multi/accumulate/06_outputs.ipynb #n003
 from fastai.learner import Recorder
-from torch import Tensor, nn
 import torch
+from torch import nn
+from torch.distributions import Distribution
 
-from .batches import cut, even_chunks, joined
+from .batches import check_output, cut, even_chunks, joined
+from .chunks import map_tensors
 from .loss_check import items_to_check
 from ..core.nested import found, made_of, tensors_in
 
@@ -75,9 +77,7 @@ def detached(
     copied:bool=False, # Copy its tensors too?
 ): # The same without a graph
     "`out` without its graph"
-    if isinstance(out, Tensor): return out.detach().clone() if copied else out.detach()
-    contents,like = made_of(out)
-    return out if contents is None else like([detached(o, copied) for o in contents])
+    return map_tensors(lambda o: o.detach().clone() if copied else o.detach(), out)
 
 def copy_gradients(
     model:nn.Module, # Model after the backward pass of its first chunk
@@ -150,13 +150,18 @@ class FewItems:
         return preds, targs, self.split
 
 def _cut_first(o, items, n, what):
-    if len(items) == n: return o
-    try: return cut(o, items, n)
+    try:
+        if what == 'output': check_output(o, n)
+        return o if len(items) == n and not _has_distribution(o) else cut(o, items, n)
     except ValueError as e:
+        way = _turned['distribution' if _has_distribution(o) else what]
         raise ValueError(f'the check of the loss needs the {what} of a chunk with its items along the first dimension, '
-                         f'found {found(o)} for {n} items. Let {_turned[what]}') from e
+                         f'found {found(o)} for {n} items. Let {way}') from e
+
+def _has_distribution(o): return isinstance(o, Distribution) or any(map(_has_distribution, made_of(o)[0] or ()))
 
 _turned = dict(
+    distribution='the model give tensors, as (mean, scale), and the loss make the distribution of them',
     output='the model transpose its output, as with output.transpose(0, 1), and the loss take it so',
     targets='the batches give the targets so, and the loss take them so')
 
@@ -173,7 +178,23 @@ class Reach:
         for i,t in enumerate(tensors_in(targs)):
             if not t.numel() or t.is_complex(): continue
             low,high = t.detach().float().nan_to_num().aminmax()
-            here[i] = float(-low), float(high), float(t.isnan().any())
+            here[i] = tuple(torch.stack([-low, high, t.isnan().any().float()]).tolist())  # one wait for a GPU
         grown = {i: tuple(map(max, o, before.get(i, o))) for i,o in here.items()}
         self.seen = {**before, **grown}
         return any(grown[i] != before.get(i) for i in grown)
+
+# %% ../../nbs/paddy_multi/accumulate/06_outputs.ipynb #lo02
+class Looks:
+    "Which batches of a fit the loss is looked at in"
+    def __init__(self): self.batches,self.due,self.reach = 0,1,Reach()
+
+    def next(self,
+        targs:tuple, # Targets of the next batch
+        known:bool, # Is the rule of the loss known?
+    )->bool:
+        "Is it looked at in the next batch?"
+        self.batches += 1
+        if known: return self.batches == 1
+        due,grows = self.batches == self.due,self.reach.grows(targs)
+        if due: self.due = 2*self.due + 99*(self.due > 8)
+        return due or grows

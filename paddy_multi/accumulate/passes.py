@@ -8,51 +8,55 @@ __all__ = []
 # %% ../../nbs/paddy_multi/accumulate/07_passes.ipynb #n003
 from contextlib import contextmanager
 from functools import partial
-
 from warnings import warn
 
-import torch
-from fastai.callback.core import Callback, CancelBackwardException
+from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException,
+                                  CancelStepException, CancelTrainException)
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastcore.basics import patch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .batches import cut, even_chunks
+from .batches import cut, even_chunks, place_of_items, split_items
 from .chunks import chunk_loss, item_counter, learner_chunk_loss
-from .coupling import coupling_text, mixing_layers, scalar_adds_up, watch_state
+from .coupling import coupling_text, is_known, mixing_layers, scalar_adds_up, watch_state
 from .loss_check import check_adds_up
 from .outputs import copy_gradients
 from .whole_head import in_head
+from ..core.autocast import autocast_depth
 from ..core.tensors import replaced
 
 # %% ../../nbs/paddy_multi/accumulate/07_passes.ipynb #n007
-def autocast_depth()->int:
-    "How many autocasts are entered, one in another"
-    torch.autocast_increment_nesting()
-    return torch.autocast_decrement_nesting()
-
 class Passes(Callback):
     "A callback that runs batches itself; `begin` says that fastai has begun one"
+    _gathers = False  # does a batch begin with a gradient, as a callback adds up several?
     def begin(self):
         "Note where the batch begins: autocast is entered, nothing is run"
-        self._outside = autocast_depth() - len(self.learn._grab_cbs(MixedPrecision))
+        params = self.learn.model.parameters() if self._gathers and self.learn.training else ()
+        self._gathered = [(p, p.grad.clone()) for p in params if p.grad is not None]
+        self._precision = self.learn._grab_cbs(MixedPrecision)
+        self._outside = autocast_depth() - len(self._precision)
         self.forget()
 
     def forget(self):
         "Forget the chunks that ran"
         self._ran = self._cancelled = False
 
+    def drop_gradients(self):
+        "Leave the gradients as they were before the batch"
+        self.learn.opt.zero_grad()
+        for p,grad in self._gathered: p.grad = grad.clone()
+
     def enter_autocast(self):
         "Go back to autocast, which fastai leaves after every loss"
         if autocast_depth() > self._outside: return
-        for cb in self.learn._grab_cbs(MixedPrecision): cb.before_batch()
+        for cb in self._precision: cb.before_batch()
 
     def leave_autocast(self):
         "Leave autocast if it is entered, as after an error in the model"
         if autocast_depth() == self._outside: return
-        for cb in self.learn._grab_cbs(MixedPrecision): cb.after_loss()
+        for cb in self._precision: cb.after_loss()
 
     @contextmanager
     def autocast(self):
@@ -77,7 +81,7 @@ def backward(self:Passes,
     learn = self.learn
     try: learn('before_backward')
     except CancelBackwardException:
-        if self._ran: learn.opt.zero_grad()
+        if self._ran: self.drop_gradients()
         self._cancelled = True
     learn.loss_grad = learn.loss_grad*share
     if self._cancelled: return
@@ -90,6 +94,50 @@ def backward_done(self:Passes):
     "Tell the other callbacks that the gradient of the batch is there"
     if self._cancelled: self.learn('after_cancel_backward')
     self.learn('after_backward')
+
+# %% ../../nbs/paddy_multi/accumulate/07_passes.ipynb #gr05
+@patch
+def make_step(self:Passes):
+    "Step with the gradient of the batch, if no other callback cancels it"
+    learn = self.learn
+    try:
+        self.backward_done()
+        learn._with_events(learn._step, 'step', CancelStepException)
+    except (CancelBatchException, CancelEpochException, CancelTrainException):
+        self._gathers = True
+        raise
+    except BaseException:
+        self.drop_gradients()
+        raise
+    learn.opt.zero_grad()
+    self._gathers = False
+
+# %% ../../nbs/paddy_multi/accumulate/07_passes.ipynb #sh02
+class Shown:
+    "The batch of `n` items that `learn` holds, of which `show` leaves it some; after `with` it holds all again"
+    def __init__(self, learn, n, split=None):
+        self.learn,self.xb,self.yb,self.n,self.split = learn,learn.xb,learn.yb,n,split
+        mixes = learn._grab_cbs(MixHandler) if learn.training else ()  # fastai mixes no batch of validation
+        self.mixed = [(cb, cb.yb1, cb.lam) for cb in mixes if 'yb1' in vars(cb)]
+        self.places = split and place_of_items(split, self.xb, self.yb)
+
+    def show(self, items:slice):
+        "Show the learner only `items`, and to MixUp only theirs"
+        if items.indices(self.n) == (0, self.n, 1): return self.all()
+        self.learn.xb,self.learn.yb = self._of(self.yb, items, self.places)
+        for cb,labels,lam in self.mixed: cb.yb1,cb.lam = self._of(labels, items)[1],cut(lam, items, self.n)
+
+    def _of(self, yb, items, places=None):
+        if self.split: return split_items(self.split, self.xb, yb, items, places)
+        return cut(self.xb, items, self.n), cut(yb, items, self.n)
+
+    def all(self):
+        "Give the learner its whole batch back"
+        self.learn.xb,self.learn.yb = self.xb,self.yb
+        for cb,labels,lam in self.mixed: cb.yb1,cb.lam = labels,lam
+
+    def __enter__(self): return self
+    def __exit__(self, *args): self.all()
 
 # %% ../../nbs/paddy_multi/accumulate/07_passes.ipynb #n014
 @contextmanager
@@ -147,6 +195,9 @@ def warns_of_mixing(
     layers = [name for name,m in inner.named_modules() if isinstance(m, _BatchNorm) and m.training]
     def helps(names): return not whole_head and in_head(model, names)
     if layers: warn(_batchnorm_text(layers, bs, n, helps(layers)), stacklevel=3)
+    if is_known(inner):
+        yield
+        return
     mixing,adds_up = mixing_layers(model, xb, n, bs),scalar_adds_up(model, xb, n, bs)
     with watch_state(model, cut(xb, even_chunks(n, bs)[-1], n)) as state: yield
     text = coupling_text(mixing, state.changed, adds_up, helps(mixing+state.changed))

@@ -56,7 +56,8 @@ def features_in_chunks(
     with kept_buffers(body) if again else nullcontext():
         for items in chunks:
             starts.append(get_random_states())
-            feats.append(_one_tensor(body(x[items]), items.stop-items.start))
+            inputs = x[items].clone() if again else x[items]  # which the body may change in place
+            feats.append(_one_tensor(body(inputs), items.stop-items.start))
     return torch.cat(feats), starts
 
 def _one_tensor(feats, n):

@@ -10,9 +10,16 @@ from contextlib import contextmanager
 
 import torch
 
-# %% ../../nbs/paddy_multi/core/18_autocast.ipynb #n005
-_devices = 'cuda', 'cpu'
+# %% ../../nbs/paddy_multi/core/18_autocast.ipynb #as002
+def autocast_state(device):
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
 
+def set_autocast(device, enabled, dtype, cache):
+    torch.set_autocast_enabled(device, enabled)
+    torch.set_autocast_dtype(device, dtype)
+    torch.set_autocast_cache_enabled(cache)
+
+# %% ../../nbs/paddy_multi/core/18_autocast.ipynb #n005
 def autocast_depth()->int: # 0 outside of autocast
     "How many times autocast is entered"
     torch.autocast_increment_nesting()
@@ -22,14 +29,12 @@ def autocast_depth()->int: # 0 outside of autocast
 def autocast_restored():
     "After the block autocast is as it was before, and what it cast is dropped where the block left it entered"
     depth = autocast_depth()
-    before = [(o, torch.is_autocast_enabled(o), torch.get_autocast_dtype(o)) for o in _devices]
+    before = [(o, *autocast_state(o)) for o in ('cuda', 'cpu')]
     try: yield
     finally:
         if autocast_depth() > depth: torch.clear_autocast_cache()
         while autocast_depth() > depth: torch.autocast_decrement_nesting()
-        for device, enabled, dtype in before:
-            torch.set_autocast_enabled(device, enabled)
-            torch.set_autocast_dtype(device, dtype)
+        for state in before: set_autocast(*state)
 
 # %% ../../nbs/paddy_multi/core/18_autocast.ipynb #n010
 class RestoresAutocast:

@@ -12,16 +12,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from .autocast import autocast_state, set_autocast
 from .fake_tensors import replaced_in_thread
-
-# %% ../../nbs/paddy_multi/core/19_cuda_autocast.ipynb #n008
-def autocast_state(device):
-    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
-
-def set_autocast(device, enabled, dtype, cache):
-    torch.set_autocast_enabled(device, enabled)
-    torch.set_autocast_dtype(device, dtype)
-    torch.set_autocast_cache_enabled(cache)
 
 # %% ../../nbs/paddy_multi/core/19_cuda_autocast.ipynb #n010
 class CudaAutocast:
