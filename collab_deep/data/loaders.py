@@ -20,6 +20,7 @@ from torch import Tensor
 from .splits import split_rows
 from .table import RatingsVocab, check_ratings, find_columns
 from paddy_multi.core.tables import read_table
+from paddy_multi.core.values import is_whole
 
 # %% ../../nbs/collab_deep/data/03_loaders.ipynb #c016
 class RatingsDataset(GetAttr):
@@ -71,7 +72,7 @@ class RatingsDL(TfmdDL):
         num_workers=0, # As in fastai; taken and not needed
         **kwargs, # For fastai's `TfmdDL`
     ):
-        if not (isinstance(bs, int) and bs > 0):
+        if not is_whole(bs):
             raise ValueError(f'bs is the number of ratings in a batch, a positive integer; found {bs!r}')
         super().__init__(dataset, bs=bs, shuffle=shuffle, drop_last=drop_last, num_workers=0, **kwargs)
 

@@ -7,18 +7,18 @@ __all__ = ['Embedding']
 
 # %% ../../nbs/collab_deep/models/00_embedding.ipynb #c003
 import math
-from numbers import Integral, Real
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paddy_multi.core.values import largest
+from paddy_multi.core.values import is_whole, largest
 
 # %% ../../nbs/collab_deep/models/00_embedding.ipynb #c010
 def _check_size(name, value, what):
     "`ValueError` unless `value` is a size"
-    if isinstance(value, Integral) and not isinstance(value, bool) and value > 0: return
+    if is_whole(value): return
     raise ValueError(f'{name} is the {what}, a positive integer; found {value!r}')
 
 # %% ../../nbs/collab_deep/models/00_embedding.ipynb #e011

@@ -6,11 +6,14 @@
 __all__ = ['EmbeddingNN']
 
 # %% ../../nbs/collab_deep/models/03_nn.ipynb #c003
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from .base import CollabModel, into_range, split_pairs
 from .embedding import Embedding
+from paddy_multi.core.values import is_whole
 
 # %% ../../nbs/collab_deep/models/03_nn.ipynb #c007
 def table_widths(
@@ -20,8 +23,8 @@ def table_widths(
 )->tuple: # Widths of the users' and the items' table
     "Width of both tables: given as one number or two, or by fastai's rule min(600, 1.6 n^0.56)"
     if n_factors is None: return tuple(min(600, round(1.6*n**.56)) for n in (n_users, n_items))
-    if isinstance(n_factors, int): return n_factors,n_factors
-    if len(n_factors) == 2: return tuple(n_factors)
+    if is_whole(n_factors): return n_factors,n_factors
+    if isinstance(n_factors, Sequence) and len(n_factors) == 2: return tuple(n_factors)
     raise ValueError(f'n_factors is one width for both tables, or two, users first; found {n_factors!r}')
 
 # %% ../../nbs/collab_deep/models/03_nn.ipynb #c010

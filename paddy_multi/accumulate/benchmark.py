@@ -24,6 +24,7 @@ from fastcore.basics import patch
 from matplotlib import pyplot as plt
 
 from ..core.files import write_file
+from ..core.values import is_whole
 from .case import predicted_bytes, run_case
 from .processes import in_process
 
@@ -108,7 +109,7 @@ def _check_settings(make_learner, accums, updates, warmup, limit):
         raise ValueError(f'limit: expected seconds above 0, found {limit!r}')
 
 def _check_int(name, o, least):
-    if isinstance(o, bool) or not isinstance(o, int) or o < least:
+    if not is_whole(o, least):
         raise ValueError(f'{name}: expected an int of {least} or more, found {o!r}')
 
 # %% ../../nbs/paddy_multi/accumulate/22_benchmark.ipynb #c020
@@ -124,7 +125,8 @@ def benchmark_accumulation(
 )->AccumulationBenchmark:
     "Memory, speed and exactness of training with `MicroBatch`, a fresh process a case; `RuntimeError` if all fail"
     _check_settings(make_learner, accums, updates, warmup, limit)
-    settings = dict(updates=updates, warmup=warmup, whole_head=whole_head)
+    accums = [int(o) for o in accums]
+    settings = dict(updates=int(updates), warmup=int(warmup), whole_head=whole_head)
     predicted,status = in_process(predicted_bytes, limit, make_learner=make_learner, accums=accums,
                                   whole_head=whole_head)
     if progress and status != 'ok': print(f'no prediction: {status}')

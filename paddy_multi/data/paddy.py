@@ -13,6 +13,7 @@ import pandas as pd
 from PIL import Image, ImageDraw
 
 from ..core.files import write_file
+from ..core.values import is_whole
 
 # %% ../../nbs/paddy_multi/data/01_paddy.ipynb #c006
 # Percent
@@ -233,7 +234,7 @@ def sample_paddy(
     """Write a synthetic set of `n` drawn rice pictures (96 by 128 pixels) with a disease, a variety and an age in days,
     in the layout of the Paddy Doctor competition; a folder that already holds it is left as it is, one with other
     pictures or labels is refused"""
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+    if not is_whole(n):
         raise ValueError(f'n is the number of pictures, 1 or more; found {n!r}')
     if not 0 <= missing < 1: raise ValueError(f'missing is a share, at least 0 and below 1; found {missing!r}')
     path,df = Path(path),_labels(n, seed)

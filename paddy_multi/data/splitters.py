@@ -14,7 +14,7 @@ import pandas as pd
 from fastcore.foundation import L
 
 from ..core.splits import GroupSplitter, both_sides, check_labels, check_sides, check_valid_pct, labels_of
-from ..core.values import is_missing
+from ..core.values import is_missing, is_whole
 
 _all_ = ['GroupSplitter']
 
@@ -72,7 +72,7 @@ def StratifiedSplitter(
     with a single item stays in training if `valid_pct` is below a half. `ValueError` if there is nothing to balance"""
     check_labels(labels, 'StratifiedSplitter')
     check_valid_pct(valid_pct)
-    if isinstance(bins, bool) or not isinstance(bins, int) or bins < 2:
+    if not is_whole(bins, least=2):
         raise ValueError(f'bins is a number of classes, 2 or more; found {bins!r}')
     split = _stratified_split()(n_splits=1, test_size=valid_pct, random_state=seed)
     def _inner(items):

@@ -11,7 +11,6 @@ from collections.abc import Callable, Hashable
 from contextlib import contextmanager
 from copy import copy
 from functools import partial
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.tensors import like_labels
-from ..core.values import check_weight
+from ..core.values import check_weight, is_whole
 
 # %% ../../nbs/paddy_multi/kinds/00_losses.ipynb #c006
 class Reading(NamedTuple):
@@ -134,7 +133,7 @@ def check_width(
     name:str, # Its target
 ):
     "`ValueError` unless `width` is a positive int"
-    if isinstance(width, bool) or not isinstance(width, Integral) or width < 1:
+    if not is_whole(width):
         raise ValueError(f'{name}: the width is the number of output columns, a positive int; found {width!r}')
 
 # %% ../../nbs/paddy_multi/kinds/00_losses.ipynb #c020
