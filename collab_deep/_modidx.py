@@ -689,6 +689,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'collab_deep.use.save._from_version_1': ( 'collab_deep/use/save.html#_from_version_1',
                                                                                 'collab_deep/use/save.py'),
                                       'collab_deep.use.save._parsed': ('collab_deep/use/save.html#_parsed', 'collab_deep/use/save.py'),
+                                      'collab_deep.use.save._plain': ('collab_deep/use/save.html#_plain', 'collab_deep/use/save.py'),
                                       'collab_deep.use.save._read': ('collab_deep/use/save.html#_read', 'collab_deep/use/save.py'),
                                       'collab_deep.use.save._read_both': ( 'collab_deep/use/save.html#_read_both',
                                                                            'collab_deep/use/save.py'),

@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
 from collab_deep.models.dot import DotProductBias
+from collab_deep.models.nn import EmbeddingNN
 from collab_deep.lists.recommend import predict_pairs, recommend
 from collab_deep.use.save import load_recommender, save_recommender
 from small_recommender import MODELS, recommender
@@ -40,6 +42,16 @@ def test_scores_and_ids_are_equal_after_reading(tmp_path_factory, users, items, 
     pd.testing.assert_series_equal(predict_pairs(again, pairs), predict_pairs(rec, pairs), check_exact=True)
     for a,b in zip(again.seen, rec.seen, strict=True): assert torch.equal(a, b)
     for counts in ('item_counts', 'user_counts'): assert torch.equal(getattr(again, counts), getattr(rec, counts))
+
+
+def test_sizes_of_numpy_are_saved(tmp_path):
+    def make(n_users, n_items):
+        widths = np.int64(3), np.int8(2)
+        return EmbeddingNN(np.int64(n_users), np.int32(n_items), widths, layers=[np.uint8(4)], std=np.float32(1))
+    rec = small(make=make)
+    again = load_recommender(save_recommender(rec, tmp_path))
+    assert [tuple(o.weight.shape) for o in (again.model.users, again.model.items)] == [(3, 3), (4, 2)]
+    pd.testing.assert_frame_equal(recommend(again, 'a', 9), recommend(rec, 'a', 9), check_exact=True)
 
 
 def test_nothing_is_pickled_or_run(tmp_path):

@@ -74,7 +74,7 @@ class RatingsDL(TfmdDL):
     ):
         if not is_whole(bs):
             raise ValueError(f'bs is the number of ratings in a batch, a positive integer; found {bs!r}')
-        super().__init__(dataset, bs=bs, shuffle=shuffle, drop_last=drop_last, num_workers=0, **kwargs)
+        super().__init__(dataset, bs=int(bs), shuffle=shuffle, drop_last=drop_last, num_workers=0, **kwargs)
 
     def get_idxs(self): return torch.randperm(self.n) if self.shuffle else torch.arange(self.n)
 

@@ -13,6 +13,7 @@ import re
 import time
 from pathlib import Path
 
+import numpy as np
 from safetensors import torch as safetensors
 
 from .. import __version__
@@ -43,10 +44,16 @@ def check_ids(
 # %% ../../nbs/collab_deep/use/01_save.ipynb #s006
 _format,_version = 'collab_deep recommender',2
 
+def _plain(o):
+    "`o` with numbers of NumPy as those of Python, in lists and dicts, too"
+    if isinstance(o, dict): return {name: _plain(part) for name,part in o.items()}
+    if isinstance(o, (list, tuple)): return type(o)(_plain(part) for part in o)
+    return o.item() if isinstance(o, np.generic) else o
+
 def _description(rec):
     "All of `rec` that is not numbers in bulk"
     check_ids(rec)
-    model = dict(name=type(rec.model).__name__, settings=rec.model.settings)
+    model = dict(name=type(rec.model).__name__, settings=_plain(rec.model.settings))
     user,item = (dict(column=name, ids=list(ids)) for name,ids in rec.classes.items())
     return dict(format=_format, version=_version, written_by=__version__, model=model, user=user, item=item,
                 rating=rec.rating, mean=float(rec.mean), ranks=bool(rec.ranks))
