@@ -864,8 +864,8 @@ def test_a_loss_that_does_not_add_up_is_refused_before_any_update():
     def contrast(preds, y): return (preds@preds.T).logsumexp(1).mean()
     learn = learner(*data(64), loss=contrast, cbs=MicroBatch(16))
     said = (r'contrast does not add up over chunks: they would train another model than whole batches\. Compared were '
-            r'the gradients of 64 items as one batch and as chunks of 21 and 43: they differ by up to .* % of the largest'
-            r'.*MicroBatch\(16, whole_head=True\), or give it a method')
+            r'the gradients of 64 items as one batch and as chunks of 21 and 43: they differ by up to .* % of the '
+            r'largest.*MicroBatch\(16, whole_head=True\), or give it a method')
     with pytest.raises(ValueError, match=said): quiet(learn)
     assert torch.equal(vec(learn.model), vec(mlp()))
     assert not any(p.grad is not None and p.grad.any() for p in learn.model.parameters())

@@ -23,6 +23,7 @@ from .outputs import (FewItems, Looks, NotKept, detached, equal_chunks, is_compi
                                             joined_outputs, keeps_outputs, reuses_memory)
 from .passes import Shown, warns_of_mixing
 from .whole_head import backward_in_chunks, body_and_head, features_in_chunks, one_input
+from ..core.values import is_whole
 
 # %% ../../nbs/paddy_multi/accumulate/09_microbatch.ipynb #n012
 class MicroBatch(Halving):
@@ -37,7 +38,7 @@ class MicroBatch(Halving):
         split=None, # Function of `(xb, yb, items)` that gives `(xb, yb)` of `items`, a slice, for batches of any form
         keep:bool=None, # Keep the output of a batch? By itself, where a metric or a callback reads it
     ):
-        if isinstance(bs, bool) or not isinstance(bs, int) or bs < 1:
+        if not is_whole(bs):
             raise ValueError(f'bs is the number of items that are run at a time, a positive int; found {bs!r}')
         if split is not None and not callable(split):
             raise TypeError('split is a function of (xb, yb, items) that gives (xb, yb) of these items; '

@@ -129,7 +129,7 @@ class FewItems:
         if self.places is None:
             width = sum(t.numel() for t in tensors_in(pred))//size
             self.places,self.split = items_to_check(self.targs, self.n, width, self.chunks)
-        here = self.places[(self.places >= items.start) & (self.places < items.stop)]
+        here = self.places[(self.places >= items.start) & (self.places < items.stop)].sort().values
         if not len(here): return
         for kept,o,what in (self.preds, detached(pred), 'output'), (self.yb, yb, 'targets'):
             kept.append(_cut_first(o, here-items.start, size, what))

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterable
 from copy import copy
 from dataclasses import dataclass, field, replace
-from numbers import Integral
 
 import torch
 from fastcore.basics import patch
@@ -26,6 +25,7 @@ from .memory import parse_bytes
 from .steps import step_memory
 from .tracing import TracedStep
 from .training_plan import TrainingPlan, TrainingPlans, precision_name
+from ..core.values import is_whole
 
 # %% ../../nbs/paddy_multi/accumulate/19_plan.ipynb #q03
 _known = dict(precisions=('fp32', 'fp16', 'bf16'), optimizers=('as is', 'fused', 'sgd'), checkpointing=(False, True),
@@ -198,9 +198,9 @@ def _accums(asked):
     if asked is None: return [None]
     found = _listed(asked)
     for o in found or [asked]:
-        if isinstance(o, bool) or not isinstance(o, Integral) or o < 1 or not found:
+        if not is_whole(o) or not found:
             raise ValueError(f'accums are numbers of chunks, a list of positive ints; found {o!r}')
-    return sorted(set(found))
+    return sorted({int(o) for o in found})
 
 _note = ('\nSome layers are frozen now: all plans but those with the body frozen count them as'
          '\ntraining, as they do in fine_tune or after unfreeze().')
