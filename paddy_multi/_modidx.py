@@ -427,8 +427,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'paddy_multi/accumulate/memory.py'),
                                                'paddy_multi.accumulate.memory._is_asked': ( 'paddy_multi/accumulate/memory.html#_is_asked',
                                                                                             'paddy_multi/accumulate/memory.py'),
-                                               'paddy_multi.accumulate.memory._is_count': ( 'paddy_multi/accumulate/memory.html#_is_count',
-                                                                                            'paddy_multi/accumulate/memory.py'),
                                                'paddy_multi.accumulate.memory._room': ( 'paddy_multi/accumulate/memory.html#_room',
                                                                                         'paddy_multi/accumulate/memory.py'),
                                                'paddy_multi.accumulate.memory._size_text': ( 'paddy_multi/accumulate/memory.html#_size_text',

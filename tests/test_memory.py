@@ -2,6 +2,8 @@
 import json
 import math
 import random
+import re
+import threading
 import warnings
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
 from fastai.data.core import DataLoaders
@@ -442,7 +445,8 @@ def test_sizes_that_cannot_be_read(size):
     with pytest.raises(ValueError, match=said): parse_bytes(size)
 
 
-@pytest.mark.parametrize('size, n', [(np.int64(16*10**9), 16*10**9), (np.float32(2), 2), (2.5e9, 2_500_000_000)])
+@pytest.mark.parametrize('size, n', [(np.int64(16*10**9), 16*10**9), (np.float32(2), 2), (2.5e9, 2_500_000_000),
+                                     (1e16, 10**16), ('.5GB', 500_000_000), ('1e3 kB', 10**6)])
 def test_numbers_of_any_type(size, n): assert parse_bytes(size) == n
 
 
@@ -451,6 +455,8 @@ def test_nothing_may_be_held_in_reserve():
     assert {find_accumulation(learn, '1GB', reserve=o).reserve for o in (0, '0', '0GB', '0 MiB')} == {0}
     with pytest.raises(ValueError, match='bytes as a number, at least 0, found -1'):
         find_accumulation(learn, '1GB', reserve=-1)
+    with pytest.raises(ValueError, match='expected a reserve that is less than the budget of 1MB, found 1000kB'):
+        find_accumulation(learn, '1MB', reserve='1000kB')
 
 
 def test_what_is_predicted_besides_tensors_is_part_of_what_must_fit():
@@ -472,11 +478,74 @@ def test_the_smallest_chunk_is_one_that_batchnorm_takes():
         predict_memory(learn, [8])
 
 
+class NotOne(nn.Module):
+    "Drops the dimension of the items where there is one"
+    def __init__(self):
+        super().__init__()
+        self.lin, self.out = nn.Linear(4, 8), nn.Linear(8, 2)
+    def forward(self, x):
+        x = self.lin(x).squeeze()
+        return self.out(torch.cat([x[:, :4], x[:, 4:]], 1))
+
+
+def test_a_model_that_refuses_one_item_is_split_as_far_as_it_goes():
+    learn = rows(NotOne(), (torch.zeros(4), LABEL), 8)
+    found = find_accumulation(learn, '1GB')
+    assert found.accum == 1 and found.smallest == 2 and found.floor == predict_memory(learn, [4]).total[4]
+    memory = step_memory(learn)
+    with pytest.raises(RuntimeError, match='NotOne cannot be run without real tensors .IndexError: too many'):
+        memory.at(8)
+    assert len(memory.step.model._forward_pre_hooks) == 0
+
+
+def test_a_model_that_takes_no_number_of_items_says_why_of_the_whole_batch():
+    learn = rows(nn.Linear(5, 2), (torch.zeros(4), LABEL), 8)
+    with pytest.raises(RuntimeError, match=r'Linear cannot be run without real tensors .*\[8, 4\] X \[5, 2\]'):
+        find_accumulation(learn, '1GB')
+
+
+class Locks(Callback):
+    def __init__(self): self.lock = threading.Lock()
+    def after_loss(self): pass
+
+
+def test_a_callback_that_cannot_be_copied_is_left_out():
+    def predicted(*cbs):
+        return predict_memory(Learner(loaders(32, 8), Small(), loss_func=F.cross_entropy, cbs=cbs), [1])
+    with pytest.warns(UserWarning, match='Locks cannot be copied .TypeError: .*: what it takes is not counted'):
+        assert predicted(Locks()).equals(predicted())
+
+
+class Positions(nn.Module):
+    "Makes a buffer when it sees how large its inputs are, as timm's ConViT does"
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(64, 64)
+        self.register_buffer('table', torch.zeros(1))
+    def forward(self, x):
+        if len(self.table) != x.shape[-1]: self.table = torch.zeros(x.shape[-1], 4096)
+        return self.lin(x)+self.table.sum(1)
+
+
+def test_a_buffer_that_a_model_makes_in_forward_is_in_every_prediction():
+    learn = rows(Positions(), (torch.zeros(64), LABEL), 64)
+    together = predict_memory(learn, [1, 2, 4], device='cpu').total
+    alone = [predict_memory(learn, [o], device='cpu').total[o] for o in (1, 2, 4)]
+    assert together.tolist() == alone and min(alone) > 64*4096*4
+
+
 def test_nothing_to_train():
     learn = Learner(loaders(32, 8), Small().requires_grad_(False), loss_func=F.cross_entropy)
     with pytest.raises(ValueError, match='no parameter of Small is trained: unfreeze it'):
         predict_memory(learn, frozen=True)
     assert predict_memory(learn, [1]).gradients[1] > 0
+    found = find_accumulation(learn, '1MB')
+    assert found.accum is None and 'a frozen body, with freeze()' not in found.advice
+    for device in ('cuda', 'cpu'):
+        said = repr(find_accumulation(learn, 1000, device=device))
+        assert max(map(len, said.splitlines())) <= 92 and 'needs 0 MB' not in said and 'fits 0 MB' not in said
+    with pytest.raises(ValueError, match='no parameter of Flatten is trained'):
+        predict_memory(Learner(loaders(32, 8), nn.Flatten(), loss_func=F.cross_entropy))
 
 
 def test_the_fewest_chunks_that_fit_are_found():
@@ -546,10 +615,23 @@ def test_the_large_models_of_part_3_need_two_chunks_on_16_gb(arch, size):
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize('accum', [0, -1, 1.5, '2', True, None])
-def test_numbers_of_chunks(accum):
-    with pytest.raises(ValueError, match='accums are numbers of chunks, positive ints; found'):
-        predict_memory(timm_learner('test_resnet', 64, 4), [accum])
+@pytest.mark.parametrize('accums, wrong', [([o], o) for o in (0, -1, 1.5, '2', True, None)] + [(4, 4), ([], []), (
+    '12', '1')])
+def test_numbers_of_chunks(accums, wrong):
+    said = f'accums are numbers of chunks, a list of positive ints; found {wrong!r}'
+    with pytest.raises(ValueError, match=re.escape(said)):
+        predict_memory(timm_learner('test_resnet', 64, 4), accums)
+
+
+@pytest.mark.parametrize('depth', [-1, 0, .5, '2'])
+def test_how_deep_in_the_names_of_modules(depth):
+    with pytest.raises(ValueError, match=f'or how deep in the names of modules, from 1; found {depth!r}'):
+        predict_memory(timm_learner('test_resnet', 64, 4), per_module=depth)
+
+
+def test_numbers_of_chunks_may_be_numpys():
+    learn = Learner(loaders(32, 8), Small(), loss_func=F.cross_entropy)
+    assert predict_memory(learn, np.array([1, 2])).equals(predict_memory(learn, (1, 2)))
 
 
 @pytest.mark.parametrize('accums', [[5], [1, 64]])

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/paddy_multi/accumulate/11_copied.ipynb #n003
+import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -17,7 +18,7 @@ from fastai.callback.rnn import ModelResetter
 from fastai.torch_core import no_random, norm_bias_params
 from fastcore.basics import patch
 from fastcore.foundation import L
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .cuda_kernels import CudaKernels
@@ -101,6 +102,13 @@ def _has_part(cb):
     if isinstance(cb, (MixedPrecision, MicroBatch)): return False
     return isinstance(cb, ModelResetter) or any(hasattr(cb, o) for o in _of_a_batch)
 
+def _copied_callbacks(cbs, memo):
+    "Copies; a callback that cannot be copied is left out, and a warning says so"
+    for cb in cbs:
+        try: yield deepcopy(cb, memo)
+        except Exception as e:
+            warnings.warn(f'{type(cb).__name__} cannot be copied ({type(e).__name__}: {e}): what it takes is not counted')
+
 def copied_learner(learn, fake, device):
     "A learner of its own that holds copies on fake tensors, and no data"
     new = object.__new__(type(learn))
@@ -109,20 +117,21 @@ def copied_learner(learn, fake, device):
     with CopyToFake(fake, device):
         new.model = deepcopy(learn.model, memo).train()
         new.loss_func = deepcopy(learn.loss_func, memo)
-        new.cbs = L(deepcopy(cb, memo) for cb in learn.cbs if _has_part(cb))
+        new.cbs = L(_copied_callbacks(learn.cbs.filter(_has_part), memo))
     vars(new).update({cb.name: cb for cb in new.cbs})
     return new
 
 # %% ../../nbs/paddy_multi/accumulate/11_copied.ipynb #n026
 @contextmanager
 def kept_attributes(objects):
-    "Attributes of `objects` are after the block what they were before"
-    before = [(o, dict(vars(o))) for o in objects]
+    "Attributes of `objects`, and buffers of modules, are after the block what they were before"
+    kept = [*map(vars, objects), *(o._buffers for o in objects if isinstance(o, nn.Module))]
+    before = [dict(o) for o in kept]
     try: yield
     finally:
-        for o,attributes in before:
-            vars(o).clear()
-            vars(o).update(attributes)
+        for o,attributes in zip(kept, before):
+            o.clear()
+            o.update(attributes)
 
 # %% ../../nbs/paddy_multi/accumulate/11_copied.ipynb #n029
 def _has_cuda():

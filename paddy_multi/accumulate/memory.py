@@ -8,21 +8,31 @@ __all__ = ['predict_memory', 'parse_bytes', 'plot_memory', 'Accumulation', 'find
 # %% ../../nbs/paddy_multi/accumulate/14_memory.ipynb #n003
 import math
 import re
+import textwrap
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from numbers import Real
 
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from .steps import step_memory
+from ..core.values import is_whole
 
 # %% ../../nbs/paddy_multi/accumulate/14_memory.ipynb #n007
 def _check_accums(accums):
-    for accum in accums:
-        if isinstance(accum, bool) or not isinstance(accum, int) or accum < 1:
-            raise ValueError(f'accums are numbers of chunks, positive ints; found {accum!r}')
+    found = list(accums) if isinstance(accums, Iterable) else []
+    for o in found or [accums]:
+        if found and is_whole(o): continue
+        raise ValueError(f'accums are numbers of chunks, a list of positive ints; found {o!r}')
+    return found
+
+def _check_depth(per_module):
+    if isinstance(per_module, bool) or is_whole(per_module): return
+    raise ValueError(f'per_module: expected True, or how deep in the names of modules, from 1; found {per_module!r}')
 
 def _check_items(accums, n):
     for accum in accums:
@@ -45,7 +55,8 @@ def predict_memory(
     valid:bool=True, # Count validation too, where the learner has a validation loader?
 )->pd.DataFrame: # A row for each of `accums`: bytes by category at the peak, in total, and besides tensors
     "Memory that training `learn` with `MicroBatch` needs, without a GPU; `ValueError` for a wrong number"
-    if accums is not None: _check_accums(accums)
+    if accums is not None: accums = _check_accums(accums)
+    _check_depth(per_module)
     if _is_asked(learn, frozen): warnings.warn(f'memory is predicted for the whole model, {_as_a_whole}', stacklevel=2)
     memory = step_memory(learn, device, 'as is' if frozen else 'all', whole_head, valid)
     if accums is None: accums = [o for o in (1, 2, 4, 8) if o <= memory.n]
@@ -79,7 +90,7 @@ def parse_bytes(
     "`size` in bytes, where GB is 10**9 and GiB 2**30; `ValueError` for anything else"
     text = f'{size}b' if isinstance(size, Real) and not isinstance(size, bool) else str(size)
     if text.strip() == '0': text = '0b'
-    found = re.fullmatch(r'\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*([a-z]+)\s*', text.lower())
+    found = re.fullmatch(r'\s*((?:\d+\.?\d*|\.\d+)(?:e\+?\d\d?)?)\s*([a-z]+)\s*', text.lower())
     res = int(float(found[1])*_units[found[2]]) if found and found[2] in _units else -1
     if res >= least: return res
     raise ValueError("expected a size such as '16GB', '15.5GiB' or bytes as a number, "
@@ -106,7 +117,7 @@ def plot_memory(
     return ax
 
 # %% ../../nbs/paddy_multi/accumulate/14_memory.ipynb #n031
-def _size_text(n): return f'{n/1e9:.1f} GB' if n >= 1e9 else f'{n/1e6:.0f} MB'
+def _size_text(n): return f'{n/1e9:.1f} GB' if n >= 999.5e6 else f'{n/1e6:.3g} MB'
 
 @dataclass
 class Accumulation:
@@ -119,23 +130,26 @@ class Accumulation:
     reserve:int # Bytes of the budget that are not for tensors
     advice:dict # Where nothing fits: what does, else what comes nearest, and the bytes of the budget that it takes
     counted:str='' # What was counted: training alone or with validation, and on which kernels
-    smallest:int=1 # Items in the smallest chunk: one, or two where BatchNorm refuses one
+    smallest:int=1 # Items in the smallest chunk: one, or the fewest that the model takes
 
     def __repr__(self):
-        room = f'{_size_text(self.budget)} less {_size_text(self.reserve)} in reserve'
-        total,floor = _size_text(self.total),_size_text(self.floor)
-        counted = f'\nCounted: {self.counted}' if self.counted else ''
-        at_a_time = 'one item at a time' if self.smallest == 1 else f'{self.smallest} items at a time'
-        s = 's' if self.smallest == 1 else ''
-        if self.accum:
-            return (f'accum={self.accum}: MicroBatch({self.bs}) needs {total} of {room}; '
-                    f'{at_a_time} would need {floor}{counted}')
-        ways = ''.join(f'\n  {what}: {_size_text(n)}' for what,n in self.advice.items())
-        fit = min(self.advice.values(), default=0) <= self.budget
-        head = 'What fits' if fit else 'What comes nearest'
-        advice = f'{head}, one item at a time and with its reserve:{ways}\n' if ways else ''
-        return (f'no accumulation fits {room}: {at_a_time} need{s} {floor}. {advice}'
-                f'plan_training tries checkpointing, too, and several ways at once{counted}')
+        lines = [*self._said(), *([f'Counted: {self.counted}'] if self.counted else [])]
+        return '\n'.join(textwrap.fill(o, 92, subsequent_indent='  ') for o in lines)
+
+@patch
+def _said(self:Accumulation):
+    total,floor,budget,reserve = map(_size_text, (self.total, self.floor, self.budget, self.reserve))
+    room = f'{budget} less {reserve} in reserve' if self.reserve else budget
+    at_a_time,s = ('one item at a time', 's') if self.smallest == 1 else (f'{self.smallest} items at a time', '')
+    if self.accum:
+        return [f'accum={self.accum}: MicroBatch({self.bs}) needs {total} of {room}',
+                f'{at_a_time.capitalize()} would need {floor}']
+    res = [f'no accumulation fits {room}: {at_a_time} need{s} {floor}']
+    if self.advice:
+        head = 'What fits' if min(self.advice.values()) <= self.budget else 'What comes nearest'
+        res.append(f'{head}, {at_a_time} and with its reserve:')
+    return [*res, *[f'  {what}: {_size_text(n)}' for what,n in self.advice.items()],
+            'plan_training tries checkpointing, too, and several ways at once']
 
 # %% ../../nbs/paddy_multi/accumulate/14_memory.ipynb #n033
 def _different_chunks(n, smallest=1):
@@ -167,7 +181,8 @@ def _ways(learn, memory, trainable):
     def other(trainable, **how):
         return step_memory(learn, memory.device, trainable, memory.head is not None, memory.valid_n > 0, **how)
     ways = {'SGD without momentum': replace(memory, state=0, update=0)}
-    has_groups = not isinstance(next(iter(learn.splitter(learn.model))), Tensor)
+    groups = list(learn.splitter(learn.model))  # none where all is frozen
+    has_groups = len(groups) > 0 and not isinstance(groups[0], Tensor)
     if has_groups and trainable == 'all': ways['a frozen body, with freeze()'] = other('head')
     half = memory.device == 'cuda' and memory.step.dtype is None
     if half: ways['mixed precision, with to_fp16()'] = other(trainable, dtype=torch.float16)
@@ -179,6 +194,12 @@ def _advice(needs, budget):
     return fit or dict(sorted(needs.items(), key=lambda o: o[1])[:1])
 
 # %% ../../nbs/paddy_multi/accumulate/14_memory.ipynb #n040
+def _room(budget, reserve):
+    "Both in bytes; None for a reserve that is predicted"
+    room,kept = parse_bytes(budget),None if reserve is None else parse_bytes(reserve, least=0)
+    if kept is None or kept < room: return room,kept
+    raise ValueError(f'expected a reserve that is less than the budget of {budget}, found {reserve}')
+
 _kernels = dict(cuda='kernels of CUDA', cpu='kernels of a CPU', formula='formulas, since this PyTorch has no CUDA')
 
 def _counted(memory, whole):
@@ -197,8 +218,7 @@ def find_accumulation(
     valid:bool=True, # Count validation too, where the learner has a validation loader?
 )->Accumulation:
     "The fewest chunks with which training `learn` fits `budget`; `ValueError` for a budget that cannot be read"
-    budget = parse_bytes(budget)
-    if reserve is not None: reserve = parse_bytes(reserve, least=0)
+    budget,reserve = _room(budget, reserve)
     trainable = 'as is' if frozen else 'all'
     memory = step_memory(learn, device, trainable, whole_head, valid)
     def need(accum, memory=memory):

@@ -54,9 +54,9 @@ def _traced(self:StepMemory, m):
     step,made = self.step,[]
     if m not in self.runs:
         items = self.head.set_chunk(m, self.n) if self.head else m
-        hook = step.model.register_forward_pre_hook(lambda *_: made.append(step.count.live-step.base))
-        with _needs_no_numbers(step.model): step.run(items, None if m == self.n else True)
-        hook.remove()
+        def starts(*_): made.append(step.count.live-step.base)
+        with step.model.register_forward_pre_hook(starts), _needs_no_numbers(step.model):
+            step.run(items, None if m == self.n else True)
         self.runs[m] = SimpleNamespace(
             items=items, made=made[0]/items, outputs=step.outputs/items,  # by callbacks and by the model, an item
             forward=step.forward-made[0], through=step.through-made[0], over=step.peak-step.base-made[0])
@@ -176,10 +176,13 @@ _categories = 'parameters', 'gradients', 'optimizer', 'inputs', 'activations', '
 # %% ../../nbs/paddy_multi/accumulate/13_steps.ipynb #n020
 @patch
 def smallest(self:StepMemory)->int: # Items
-    "The smallest chunk that can train: one item, or two where BatchNorm refuses one"
-    try: self._training(1)
-    except ValueError: return 2
-    return 1
+    "The smallest chunk that can train: one item, two where BatchNorm refuses one, or 4, 8 and so on, up to all"
+    m = 1
+    while m < self.n:
+        try: self._training(m)
+        except (ValueError, RuntimeError): m = 2*m
+        else: return m
+    return self.n
 
 @patch
 def by_module(self:StepMemory,
@@ -224,7 +227,7 @@ def _check_settings(learn, device, trainable):
     if device not in ('cuda', 'cpu'): raise ValueError(f"expected device 'cuda' or 'cpu', found {device!r}")
     if trainable not in ('all', 'as is', 'head'):
         raise ValueError(f"expected trainable 'all', 'as is' or 'head', found {trainable!r}")
-    if trainable == 'as is' and not any(p.requires_grad for p in learn.model.parameters()):
+    if not any(p.requires_grad or trainable != 'as is' for p in learn.model.parameters()):
         raise ValueError(f'no parameter of {type(learn.model).__name__} is trained: unfreeze it')
 
 def step_memory(

@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .copied import (
-    FakeLearner, fake_batch, one_item, optimizer_for, precision_of, set_trainable)
+from .copied import FakeLearner, fake_batch, optimizer_for, precision_of, set_trainable
 from ..core.backward import Kept, backward
 from ..core.cuda_autocast import CastsOfCuda, CudaAutocast
 
