@@ -107,7 +107,8 @@ def _copied_callbacks(cbs, memo):
     for cb in cbs:
         try: yield deepcopy(cb, memo)
         except Exception as e:
-            warnings.warn(f'{type(cb).__name__} cannot be copied ({type(e).__name__}: {e}): what it takes is not counted')
+            warnings.warn(f'{type(cb).__name__} cannot be copied ({type(e).__name__}: {e}): '
+                          'what it takes is not counted')
 
 def copied_learner(learn, fake, device):
     "A learner of its own that holds copies on fake tensors, and no data"
