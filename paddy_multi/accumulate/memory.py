@@ -96,6 +96,22 @@ def parse_bytes(
     raise ValueError("expected a size such as '16GB', '15.5GiB' or bytes as a number, "
                      f'at least {least}, found {size!r}')
 
+# %% ../../nbs/paddy_multi/accumulate/14_memory.ipynb #r001
+def room_of(
+    budget, # As `parse_bytes` reads it
+    reserve, # The same, or None for what is predicted
+)->tuple: # Bytes of both
+    "What there is and what is kept of it; `ValueError` unless the reserve is the smaller"
+    room,kept = parse_bytes(budget),None if reserve is None else parse_bytes(reserve, least=0)
+    if kept is None or kept < room: return room,kept
+    raise ValueError(f'expected a reserve that is less than the budget of {budget}, found {reserve}')
+
+def size_text(
+    n:float, # Bytes
+)->str: # As in '1.5 GB' or '20.5 MB'
+    "A size as people read it"
+    return f'{n/1e9:.1f} GB' if n >= 999.5e6 else f'{n/1e6:.3g} MB'
+
 # %% ../../nbs/paddy_multi/accumulate/14_memory.ipynb #n028
 _tensors = ['parameters', 'gradients', 'optimizer', 'inputs', 'activations', 'temporaries']
 
@@ -117,8 +133,6 @@ def plot_memory(
     return ax
 
 # %% ../../nbs/paddy_multi/accumulate/14_memory.ipynb #n031
-def _size_text(n): return f'{n/1e9:.1f} GB' if n >= 999.5e6 else f'{n/1e6:.3g} MB'
-
 @dataclass
 class Accumulation:
     "How far a batch must be split to fit, as `find_accumulation` found it"
@@ -138,7 +152,7 @@ class Accumulation:
 
 @patch
 def _said(self:Accumulation):
-    total,floor,budget,reserve = map(_size_text, (self.total, self.floor, self.budget, self.reserve))
+    total,floor,budget,reserve = map(size_text, (self.total, self.floor, self.budget, self.reserve))
     room = f'{budget} less {reserve} in reserve' if self.reserve else budget
     at_a_time,s = ('one item at a time', 's') if self.smallest == 1 else (f'{self.smallest} items at a time', '')
     if self.accum:
@@ -148,7 +162,7 @@ def _said(self:Accumulation):
     if self.advice:
         head = 'What fits' if min(self.advice.values()) <= self.budget else 'What comes nearest'
         res.append(f'{head}, {at_a_time} and with its reserve:')
-    return [*res, *[f'  {what}: {_size_text(n)}' for what,n in self.advice.items()],
+    return [*res, *[f'  {what}: {size_text(n)}' for what,n in self.advice.items()],
             'plan_training tries checkpointing, too, and several ways at once']
 
 # %% ../../nbs/paddy_multi/accumulate/14_memory.ipynb #n033
@@ -194,12 +208,6 @@ def _advice(needs, budget):
     return fit or dict(sorted(needs.items(), key=lambda o: o[1])[:1])
 
 # %% ../../nbs/paddy_multi/accumulate/14_memory.ipynb #n040
-def _room(budget, reserve):
-    "Both in bytes; None for a reserve that is predicted"
-    room,kept = parse_bytes(budget),None if reserve is None else parse_bytes(reserve, least=0)
-    if kept is None or kept < room: return room,kept
-    raise ValueError(f'expected a reserve that is less than the budget of {budget}, found {reserve}')
-
 _kernels = dict(cuda='kernels of CUDA', cpu='kernels of a CPU', formula='formulas, since this PyTorch has no CUDA')
 
 def _counted(memory, whole):
@@ -218,7 +226,7 @@ def find_accumulation(
     valid:bool=True, # Count validation too, where the learner has a validation loader?
 )->Accumulation:
     "The fewest chunks with which training `learn` fits `budget`; `ValueError` for a budget that cannot be read"
-    budget,reserve = _room(budget, reserve)
+    budget,reserve = room_of(budget, reserve)
     trainable = 'as is' if frozen else 'all'
     memory = step_memory(learn, device, trainable, whole_head, valid)
     def need(accum, memory=memory):

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .checkpointing import checkpoint_activations
 from .costs import Costs, step_seconds
 from .fused import fused_optimizer, plain_sgd
-from .memory import parse_bytes
+from .memory import room_of
 from .steps import step_memory
 from .tracing import TracedStep
 from .training_plan import TrainingPlan, TrainingPlans, precision_name
@@ -219,7 +219,7 @@ def plan_training(
     valid:bool=True, # Count validation too, where the learner has a validation loader?
 )->TrainingPlans:
     "Ways to train `learn` within `budget`, ranked; `ValueError` for what cannot be read or combined"
-    budget,reserve = parse_bytes(budget),None if reserve is None else parse_bytes(reserve, least=0)
+    budget,reserve = room_of(budget, reserve)
     accums = _accums(accums)
     asked = dict(precision=_precisions(learn, device, precisions), optimizer=_chosen('optimizers', optimizers),
                  checkpointing=_chosen('checkpointing', checkpointing), frozen=_frozen(learn, frozen))

@@ -15,6 +15,7 @@ from fastcore.basics import patch
 
 from .checkpointing import checkpoint_activations
 from .copied import precision_of
+from .memory import size_text
 from .microbatch import MicroBatch
 
 # %% ../../nbs/paddy_multi/accumulate/18_training_plan.ipynb #t01
@@ -38,8 +39,6 @@ class TrainingPlan:
     opt_func:object=field(default=None, repr=False) # What makes the optimizer
 
 # %% ../../nbs/paddy_multi/accumulate/18_training_plan.ipynb #t04
-def _size_text(n): return f'{n/1e9:.1f} GB' if n >= 999.5e6 else f'{n/1e6:.3g} MB'
-
 @patch
 def __str__(self:TrainingPlan):
     head = f'accum={self.accum}, {self.bs} at a time' if self.accum > 1 else 'whole batches'
@@ -47,7 +46,7 @@ def __str__(self:TrainingPlan):
     more = [o for o in ('checkpointing' if self.checkpointing else '', self.precision, optimizer,
                         'body frozen' if self.frozen else '') if o]
     extra = f', {self.extra:+.0%} FLOPs' if abs(self.extra) > .005 else ''
-    return f'{", ".join([head, *more])}: {_size_text(self.needs)}{extra}'
+    return f'{", ".join([head, *more])}: {size_text(self.needs)}{extra}'
 
 # %% ../../nbs/paddy_multi/accumulate/18_training_plan.ipynb #t07
 _names = {None: 'fp32', torch.float16: 'fp16', torch.bfloat16: 'bf16'}
@@ -128,7 +127,7 @@ def _row_text(o):
     "What is shown of a plan"
     return dict(updates=_updates[o.level], accum=o.accum, bs=o.bs, checkpointing='yes' if o.checkpointing else '',
                 precision=o.precision, optimizer=o.optimizer, frozen='yes' if o.frozen else '',
-                needs=_size_text(o.needs), FLOPs=f'{o.extra:+.0%}' if abs(o.extra) > .005 else '')
+                needs=size_text(o.needs), FLOPs=f'{o.extra:+.0%}' if abs(o.extra) > .005 else '')
 
 def _table(shown):
     "Text of plans by their rows, without columns that are empty"
@@ -139,7 +138,7 @@ def _table(shown):
 @patch
 def __repr__(self:TrainingPlans):
     n,least = sum(o.fits for o in self.plans),self.least
-    head,end = f'{n} of {len(self.plans)} plans fit {_size_text(self.budget)}. ',self.note
+    head,end = f'{n} of {len(self.plans)} plans fit {size_text(self.budget)}. ',self.note
     if not n: return f'{head}The one that needs the least:\n{_table({self.plans.index(least): least})}{end}'
     head = f'{head}The fastest of each kind, by row; needs includes the reserve:'
     return f'{head}\n{_table(self._worth_it())}\n{self._how_to()}{end}'
@@ -157,9 +156,9 @@ def apply(self:TrainingPlans,
     "Have `learn` train as the best plan says; `ValueError` if no plan fits, or none without another training"
     if self.best and self.best.level < 3: return self.best.apply(learn)
     if self.best:
-        raise ValueError(f'every plan that fits {_size_text(self.budget)} trains in another way, the fastest with '
+        raise ValueError(f'every plan that fits {size_text(self.budget)} trains in another way, the fastest with '
                          f'{self.best.changes}: choose one by its row, as in plans[0].apply(learn)')
-    raise ValueError(f'no plan fits {_size_text(self.budget)}: the one that needs the least is {self.least}. '
+    raise ValueError(f'no plan fits {size_text(self.budget)}: the one that needs the least is {self.least}. '
                      'Expected a larger budget, a smaller model or smaller pictures')
 
 # %% ../../nbs/paddy_multi/accumulate/18_training_plan.ipynb #t27
