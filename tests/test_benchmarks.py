@@ -338,7 +338,7 @@ SECONDS = {'dense', 'loss_launches'}  # others take the same way with larger mod
 
 def fast_or_slow(o): return pytest.param(o, marks=[] if o in SECONDS else pytest.mark.slow)
 
-@pytest.mark.parametrize('name', map(fast_or_slow, gpu.SECTIONS))
+@pytest.mark.parametrize('name', [fast_or_slow(o) for o in gpu.SECTIONS])
 def test_a_section_runs_without_a_gpu(name, tmp_path):
     gpu.main([name, '--quick', '--out', str(tmp_path)])
     res = report.gpu(tmp_path)[name]
