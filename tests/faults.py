@@ -112,6 +112,7 @@ def killed(run, folder, at):
     child = os.fork()
     if child == 0:
         try:
+            torch.set_num_threads(1)  # those of the parent are not there after a fork, and would be waited for
             with Disk(folder, at, 'kill'): run()
         finally: os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
