@@ -50,6 +50,8 @@ from .accumulate.plan import *
 from .accumulate.processes import *
 from .accumulate.case import *
 from .accumulate.benchmark import *
+from .distributed.launch import *
+from .distributed.meeting import *
 from .train.heads import *
 from .train.watch import *
 from .train.learner import *
