@@ -52,6 +52,7 @@ from .accumulate.case import *
 from .accumulate.benchmark import *
 from .distributed.launch import *
 from .distributed.meeting import *
+from .distributed.ranks import *
 from .train.heads import *
 from .train.watch import *
 from .train.learner import *
