@@ -53,6 +53,10 @@ from .accumulate.benchmark import *
 from .distributed.launch import *
 from .distributed.meeting import *
 from .distributed.ranks import *
+from .distributed.shares import *
+from .distributed.parts import *
+from .distributed.preconditions import *
+from .distributed.across import *
 from .train.heads import *
 from .train.watch import *
 from .train.learner import *
