@@ -4,11 +4,14 @@ import random
 from contextlib import contextmanager
 from functools import partial
 
+import fastai.callback.schedule  # fit_one_cycle and lr_find
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastai.basics import Adam, Callback, DataLoaders, F1Score, Learner, MixUp, SGD, TfmdDL, accuracy
+from fastai.basics import Adam, Callback, DataLoaders, Learner, SGD, TfmdDL
+from fastai.callback.mixup import MixUp
 from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.metrics import F1Score, accuracy
 from torch import nn
 
 from paddy_multi.distributed.across import across_processes
@@ -106,6 +109,7 @@ def compare(ours, one, fit):
 
 class DrawnMixUp(MixUp):
     "MixUp of each process's own rows, with draws that one process can repeat; `cut` has one proportion as CutMix"
+    reads_outputs = False
     def __init__(self, ranks, cut=False):
         super().__init__(.4)
         self.drawn, self.cut = {r: torch.Generator().manual_seed(100+r) for r in ranks}, cut
