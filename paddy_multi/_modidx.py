@@ -1461,6 +1461,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'paddy_multi/distributed/shares.py'),
                                                 'paddy_multi.distributed.shares.ShareDL.__len__': ( 'paddy_multi/distributed/shares.html#sharedl.__len__',
                                                                                                     'paddy_multi/distributed/shares.py'),
+                                                'paddy_multi.distributed.shares.ShareDL._check_size': ( 'paddy_multi/distributed/shares.html#sharedl._check_size',
+                                                                                                        'paddy_multi/distributed/shares.py'),
                                                 'paddy_multi.distributed.shares.ShareDL._counted': ( 'paddy_multi/distributed/shares.html#sharedl._counted',
                                                                                                      'paddy_multi/distributed/shares.py'),
                                                 'paddy_multi.distributed.shares.ShareDL._own_items': ( 'paddy_multi/distributed/shares.html#sharedl._own_items',

@@ -159,6 +159,7 @@ def after_validate(self:AcrossProcesses):
 @patch
 def after_epoch(self:AcrossProcesses):
     "Trackers decide on the numbers of process 0"
+    if self.learn.lock.locked(): return  # validation, which comes here after an error too
     recorder = getattr(self.learn, 'recorder', None)
     if recorder and getattr(recorder, 'log', None) is not None:
         recorder.log[:] = self.ranks.broadcast('end of epoch', [*recorder.log])

@@ -131,10 +131,9 @@ def _lost(self:Meeting, what, error):
     here = platform.node()
     gone = [i for i,(node,pid) in enumerate(self.places) if node == here and has_ended(pid)]
     names = ' and '.join(f'process {i}' for i in gone)
-    why = (f'{names} {"were" if gone[1:] else "was"} killed, or ended by {"themselves" if gone[1:] else "itself"} '
-           'without a message' if gone else f'one has ended elsewhere, or has not answered in {self.timeout:g} s')
-    raise ProcessFailed(f'process {self.rank} has lost the others at {what!r}: {why} '
-                        f'({str(error).partition(chr(10))[0][:120]})') from None
+    why = (f'{names} {"were" if gone[1:] else "was"} killed, or ended without a message' if gone else
+           f'one has ended elsewhere, or has not answered in {self.timeout:g} s ({str(error).splitlines()[0]})')
+    raise ProcessFailed(f'process {self.rank} has lost the others at {what!r}: {why}') from None
 
 # %% ../../nbs/paddy_multi/distributed/01_meeting.ipynb #n021
 @patch

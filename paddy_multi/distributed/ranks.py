@@ -54,7 +54,9 @@ def same(self:Ranks,
     "`ValueError` on all processes where they do not have the same `thing`"
     text = repr(thing)
     if len({*self.meet(what, note=zlib.crc32(text.encode()))}) == 1: return
-    said = ', '.join(f'process {i} {o}' for i,o in enumerate(self.everyone(text if len(text) < 200 else text[:200]+'...')))
+    texts = self.everyone(text)
+    at = max(0, len(os.path.commonprefix(texts))-40)
+    said = ', '.join(f'process {i} {"..."*(at > 0)}{o[at:at+100]}' for i,o in enumerate(texts))
     raise ValueError(f'the processes differ in {what}: {said}. {advice}')
 
 # %% ../../nbs/paddy_multi/distributed/02_ranks.ipynb #n011

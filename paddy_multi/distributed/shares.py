@@ -7,9 +7,10 @@ __all__ = ['ShareDL']
 
 # %% ../../nbs/paddy_multi/distributed/03_shares.ipynb #n003
 import math
+from itertools import chain
 
-import torch
 from fastai.data.load import DataLoader
+from fastai.torch_core import find_bs, get_random_states, set_random_states
 from fastcore.basics import GetAttr, patch
 
 from .ranks import Ranks
@@ -56,7 +57,6 @@ def _check_loader(dl):
 def _number_of_items(dl):
     "How many items an epoch of `dl` has; where it draws them, the state of all that it draws from is kept"
     if 'get_idxs' not in vars(dl) and type(dl).get_idxs is DataLoader.get_idxs: return dl.n
-    from fastai.torch_core import get_random_states, set_random_states
     before,own = get_random_states(),dl.rng.getstate()
     try: return len(dl.get_idxs())
     finally:
@@ -88,6 +88,15 @@ def __iter__(self:ShareDL):
     finally:
         if had is None: del dl.get_idxs
         else: dl.get_idxs = had
-    if first is None: return
-    yield first
-    yield from batches
+    n = 0
+    for n,batch in enumerate(() if first is None else chain([first], batches), 1):
+        self._check_size(n-1, find_bs(batch))
+        yield batch
+    if n < len(self): self._check_size(n, 0)
+
+@patch
+def _check_size(self:ShareDL, i, n):
+    expected = max(1, self.sizes(i)[self.ranks.rank])
+    if n != expected:
+        raise ValueError(f'expected {expected} items in batch {i} of this process, found {n}: a loader that skips items '
+                         '(SkipItemException) has other batches in each process. Leave these items out before')
