@@ -6,16 +6,23 @@ from functools import partial
 
 import fastai.callback.schedule  # fit_one_cycle and lr_find
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastai.basics import Adam, Callback, DataLoaders, Learner, SGD, TfmdDL
 from fastai.callback.mixup import MixUp
 from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.data.all import DataBlock, IndexSplitter, TransformBlock
 from fastai.metrics import F1Score, accuracy
 from torch import nn
 
 from paddy_multi.distributed.across import across_processes
 from paddy_multi.distributed.ranks import start
+from paddy_multi.kinds.category import CategoryTarget
+from paddy_multi.kinds.ordinal import OrdinalTarget
+from paddy_multi.kinds.regression import RegressionTarget
+from paddy_multi.targets.declare import Targets
+from paddy_multi.train.learner import multi_target_learner
 
 
 class Rows:
@@ -190,4 +197,46 @@ def run_case(n=81, loss=cross_entropy, mixed=None, metrics=lambda: [], cbs=lambd
     return compare(*made, lambda l: l.fit_one_cycle(epochs, .05))
 
 
-def run_cases(names): return {name: run_case(**CASES[name]) for name in names}
+# --- declared targets -----------------------------------------------------------------------------------------------
+def table_learner(bs, weighting):
+    "Three targets of a synthetic table, whose labels are missing unevenly"
+    seed(3)
+    g, n = np.random.default_rng(0), 81
+    df = pd.DataFrame(dict(a=g.choice([*'xyz'], n), b=g.normal(size=n), c=g.integers(0, 5, n)))
+    df.loc[g.random(n) < .5, 'a'], df.loc[g.random(n) < .3, 'b'] = None, np.nan
+    df.loc[:50, 'a'], df.loc[20:26, 'b'] = None, np.nan
+    targets = Targets(a=CategoryTarget(lambda r: r['a']), b=RegressionTarget(lambda r: r['b']),
+                      c=OrdinalTarget(lambda r: r['c'], vocab=[*range(5)]))
+    inputs = torch.randn(n, 20, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    block = DataBlock(blocks=(TransformBlock(item_tfms=[]), targets.block), get_x=lambda r: inputs[int(r.name)],
+                      get_y=targets.get_y, splitter=IndexSplitter(range(60, 81)))
+    dls = block.dataloaders(df, bs=bs, num_workers=0, device='cpu', drop_last=False)
+    body, head = mlp()[0], nn.Linear(32, dls.targets.n_out)
+    learn = multi_target_learner(dls, body, head=head, weighting=weighting, opt_func=Adam, cbs=Losses())
+    learn.model.double()
+    dls.train.rng = random.Random(1)
+    return learn
+
+
+def run_table(weighting):
+    n = start(60).world_size
+    return compare(table_learner(8, weighting), table_learner(8*n, weighting), lambda l: l.fit_one_cycle(6, .05))
+
+
+def run_sometimes():
+    "A part of the model that only one process may have used: no process drifts"
+    def model():
+        torch.manual_seed(2)
+        return Sometimes(*mlp(), nn.Linear(32, 5).double())
+    learn = learner(8, cross_entropy, model=model, opt=partial(Adam, wd=.1))
+    with across_processes(learn) as l: quietly(l, lambda l: l.fit(4))
+    return dict(numbers=numbers_of(learn.model).sum().item(), moved=float((numbers_of(learn.model)-numbers_of(model())).norm()))
+
+
+TABLES = dict(declared='fixed', learned_weights='uncertainty')
+
+
+def run_cases(names):
+    "What `compare` finds, by name of the case"
+    found = {name: run_table(TABLES[name]) if name in TABLES else run_case(**CASES[name]) for name in names}
+    return {**found, 'sometimes': run_sometimes()}

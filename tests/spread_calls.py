@@ -1,4 +1,5 @@
 "The calls that a user of fastai makes, in several processes and in one"
+import json
 import os
 import signal
 import time
@@ -6,14 +7,12 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.vision.all import (Callback, CSVLogger, FetchPredsCallback, Resize, get_image_files, load_learner, nn)
 
 from paddy_multi.data.digits import sample_digits
 from paddy_multi.data.loaders import MultiTargetDataLoaders
 from paddy_multi.distributed.across import across_processes
-from paddy_multi.distributed.meeting import ProcessFailed
 from paddy_multi.distributed.ranks import start
 from paddy_multi.train.learner import multi_target_learner
 from paddy_multi.use.interpret import MultiTargetInterpretation
@@ -118,7 +117,8 @@ def cancels():
 
 FAILURES = dict(
     error_in_a_batch=(an_error, 1, 'before_batch'), error_in_backward=(an_error, 0, 'after_backward'),
-    error_after_an_epoch=(an_error, 1, 'after_epoch'), out_of_memory=(no_memory, 1, 'after_pred'),
+    error_after_an_epoch=(an_error, 1, 'after_epoch'), error_in_validation=(an_error, 1, 'before_validate'),
+    out_of_memory=(no_memory, 1, 'after_pred'),
     out_of_memory_in_the_loss=(no_memory, 0, 'after_loss'), one_cancels=(cancels, 1, 'before_batch'),
     sigint=(sent(signal.SIGINT), 0, 'after_step'), sigterm=(sent(signal.SIGTERM), 1, 'after_step'),
     sigkill=(sent(signal.SIGKILL), 1, 'after_step'))
@@ -128,12 +128,13 @@ def run_failures(folder):
     "What each process raises, and after how many seconds, one failure after the other"
     said = {}
     for name, happens in FAILURES.items():
+        (Path(folder)/f'said_{os.environ["RANK"]}.json').write_text(json.dumps(said))
         learn, began = digits_learner(folder, 8, [Once(*happens)]), time.monotonic()
         try:
             with across_processes(learn, timeout=30), learn.no_bar(), learn.no_logging(): learn.fit(2, .01)
             said[name] = 'nothing', 0.
         except BaseException as e: said[name] = f'{type(e).__name__}: {e}', time.monotonic()-began
-    return said
+    (Path(folder)/f'said_{os.environ["RANK"]}.json').write_text(json.dumps(said))
 
 
 def run_refused(folder):
