@@ -171,7 +171,7 @@ macro_f1 = lambda: [accuracy, F1Score(average='macro')]
 # What each case changes; `mixed` is DrawnMixUp
 CASES = dict(
     plain=dict(n=81), by_gathering=dict(n=83, metrics=macro_f1),
-    one_item_last=dict(n=33), whole_batches=dict(n=81, drop_last=True),
+    one_item_last=dict(n=33), one_item_gathered=dict(n=33, metrics=macro_f1, loss=lambda: pairs), whole_batches=dict(n=81, drop_last=True),
     missing=dict(y=missing), missing_gathered=dict(y=missing, metrics=lambda: [accuracy]),
     adam_weights_clip=dict(y=missing, loss=lambda: nn.CrossEntropyLoss(weight=weights, label_smoothing=.1), opt=Adam,
                            cbs=lambda: [GradientClip(.1)]),
@@ -185,8 +185,8 @@ CASES = dict(
 def cross_entropy(): return F.cross_entropy
 
 
-def run_case(n=81, loss=cross_entropy, mixed=None, metrics=lambda: [], cbs=lambda: [], accumulate=0, train_metrics=False,
-             epochs=4, **changed):
+def run_case(n=81, loss=cross_entropy, mixed=None, metrics=lambda: [], cbs=lambda: [], accumulate=0,
+             train_metrics=False, epochs=4, **changed):
     "Train one case in all processes and in one"
     ranks, made = start(60), []
     for bs, drawn in ((8, [ranks.rank]), (8*ranks.world_size, range(ranks.world_size))):
@@ -224,13 +224,15 @@ def run_table(weighting):
 
 
 def run_sometimes():
-    "A part of the model that only one process may have used: no process drifts"
+    "A part of the model that only one process may have used, with BatchNorm: no process drifts"
     def model():
         torch.manual_seed(2)
-        return Sometimes(*mlp(), nn.Linear(32, 5).double())
+        return Sometimes(*mlp(), nn.Sequential(nn.BatchNorm1d(32), nn.Linear(32, 5)).double())
     learn = learner(8, cross_entropy, model=model, opt=partial(Adam, wd=.1))
     with across_processes(learn) as l: quietly(l, lambda l: l.fit(4))
-    return dict(numbers=numbers_of(learn.model).sum().item(), moved=float((numbers_of(learn.model)-numbers_of(model())).norm()))
+    numbers = numbers_of(learn.model)
+    return dict(numbers=numbers.sum().item(), moved=float((numbers-numbers_of(model())).norm()),
+                buffers=[b.double().sum().item() for b in learn.model.buffers()])
 
 
 TABLES = dict(declared='fixed', learned_weights='uncertainty')

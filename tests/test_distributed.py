@@ -21,7 +21,7 @@ def results(run, n=2, limit=150, **kwargs): return [o.result for o in in_process
 
 
 # --- the same updates -----------------------------------------------------------------------------------------------
-THREE = 'one_item_last', 'missing', 'mixup', 'mixup_gathered', 'adam_weights_clip', 'pairs', 'declared', 'learned_weights'
+THREE = 'one_item_last missing mixup mixup_gathered adam_weights_clip pairs declared learned_weights'.split()
 
 
 @pytest.fixture(scope='module')
@@ -50,14 +50,14 @@ def test_updates_of_three_processes_are_those_of_one():
 
 def test_a_part_that_one_process_has_used_moves_alike_in_all(two):
     first, second = (o['sometimes'] for o in two)
-    assert first == second and first['moved'] > .1
+    assert first == second and first['moved'] > .1 and first['buffers'][0] != 0  # running means
 
 
 def test_one_gradient_exchange_an_update(two):
     calls = {name: two[0][name]['calls'] for name in [*spread.CASES, *spread.TABLES]}
     updates = {name: two[0][name]['updates'] for name in calls} | dict(accumulated=12)
     assert {name: o['gradients'] for name, o in calls.items()} == updates
-    # By parts: the targets of a batch and one number; of 24 training batches and 12 of validation, and 4 sums of metrics
+    # By parts: targets and one number for each of 24 training batches and 12 of validation; and 4 sums of metrics
     assert calls['plain']['gather'] == 36 and calls['plain']['sum'] == 40
     assert calls['unknown_loss']['gather'] == 72 and calls['unknown_loss']['sum'] == 0
 
@@ -123,8 +123,8 @@ def failed(digits):
 
 STOPPED = dict(
     error_in_a_batch=(1, 'ValueError: the picture 17 is broken'), error_in_backward=(0, 'ValueError: the picture 17'),
-    error_after_an_epoch=(1, 'ValueError: the picture 17 is broken'), error_in_validation=(1, 'ValueError: the picture'),
-    out_of_memory=(1, 'OutOfMemoryError: CUDA out of'), out_of_memory_in_the_loss=(0, 'OutOfMemoryError: CUDA out of memory'))
+    error_after_an_epoch=(1, 'ValueError: the picture 17 is broken'), error_in_validation=(1, 'ValueError: the pict'),
+    out_of_memory=(1, 'OutOfMemoryError: CUDA out of memory'), out_of_memory_in_the_loss=(0, 'OutOfMemoryError: CUDA'))
 
 
 @pytest.mark.parametrize('name', STOPPED)
@@ -139,7 +139,7 @@ def test_what_fails_in_one_process_ends_all_with_its_message(failed, name):
 
 def test_one_that_leaves_the_others_is_told(failed):
     for o in failed:
-        assert "ProcessFailed: the processes do different things: process 0 at 'outputs', process 1 at" in o['one_cancels'][0]
+        assert o['one_cancels'][0].startswith('ProcessFailed: the processes do different things: process 0 at ')
 
 
 @pytest.mark.parametrize('name, said', [('sigint', 'KeyboardInterrupt: process 0 was told to stop by SIGINT'),
@@ -162,8 +162,8 @@ def refused(digits): return results(spread_calls.run_refused, folder=digits)
 def test_what_differs_or_cannot_be_shared_is_refused_in_all(refused):
     first, second = refused
     assert first == second
-    assert first['batch size'].startswith('ValueError: the processes differ in the batch size of training: process 0 8, '
-                                          'process 1 4. Build model and data alike')
+    assert first['batch size'].startswith('ValueError: the processes differ in the batch size of training: process 0 '
+                                          '8, process 1 4. Build model and data alike')
     assert first['items'].startswith('ValueError: the processes differ in the items of training: process 0 (163, ')
     assert first['parameters'].startswith('ValueError: the processes differ in parameters: process 0 [')
     assert first['one predicts'].startswith("ProcessFailed: the processes do different things: process 0 at 'order of "
@@ -189,7 +189,8 @@ def torchrun(folder, fails, n=2):
     (folder/'train.py').write_text(SCRIPT.format(tests=str(Path(__file__).parent), fails=fails))
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={n}', 'train.py']
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join(o for o in sys.path if o)}
-    process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    to = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, cwd=folder, env=env, **to)
     try: out, _ = process.communicate(timeout=120)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGTERM)  # at which it ends what it has started

@@ -209,13 +209,15 @@ def _quiet(learn, ranks):
 
 @contextmanager
 def _as_one(learn, ranks):
-    "The callback is in the learner, and fastai takes this process for the only one, which waits before it loads"
-    cb,world = AcrossProcesses(ranks),os.environ.pop('WORLD_SIZE', None)
+    "The callback is in the learner, and fastai finds the number of this process, but no others"
+    cb,before = AcrossProcesses(ranks),{o: os.environ.pop(o, None) for o in ('WORLD_SIZE', 'RANK')}
+    os.environ['RANK'] = str(ranks.rank)
     learn.add_cb(cb)
     try:
         with replaced(fastai.learner, 'distrib_barrier', lambda: ranks.meet('load')): yield
     finally:
-        if world is not None: os.environ['WORLD_SIZE'] = world
+        del os.environ['RANK']
+        os.environ.update({k: v for k,v in before.items() if v is not None})
         if cb.loss_of_own is not None: learn.loss_func = cb.loss_of_own
         if isinstance(getattr(learn, 'dl', None), ShareDL): learn.dl = learn.dl.dl
         learn.remove_cb(cb)

@@ -74,27 +74,7 @@ def _started(rank, n, port, out, leader):
     return subprocess.Popen([sys.executable, '-c', _serve], stdin=subprocess.PIPE, stdout=out,
                             stderr=subprocess.STDOUT, env=env, process_group=leader)
 
-# %% ../../nbs/paddy_multi/distributed/00_launch.ipynb #n014
-def in_processes(
-    run:Callable, # Function to run in each, imported or written in a notebook
-    n:int=2, # Processes
-    limit:float=60., # Seconds after which all are killed
-    **kwargs, # Its arguments
-)->list: # `Ended` for each process
-    "Run a function in `n` processes of this machine that can join as one group; none of them is left afterwards"
-    job = dict(path=sys.path, call=cloudpickle.dumps((run, kwargs)))
-    processes,port,start = [],_free_port(),time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            for rank in range(n):
-                with open(f'{folder}/{rank}.out', 'wb') as out:
-                    processes.append(_started(rank, n, port, out, processes[0].pid if processes else 0))
-                pickle.dump({**job, 'file': f'{folder}/{rank}.pkl'}, processes[-1].stdin)
-                processes[-1].stdin.flush()
-            seconds = _waited(processes, start, limit)
-        finally: _end(processes)
-        return [_ended(Path(folder), rank, *o) for rank,o in enumerate(zip(processes, seconds))]
-
+# %% ../../nbs/paddy_multi/distributed/00_launch.ipynb #n015
 def _waited(processes, start, limit):
     "The seconds after which each ended, `limit` at most"
     seconds = [limit]*len(processes)
@@ -118,3 +98,24 @@ def _ended(folder, rank, process, seconds):
     answer.pop('code', None)
     output = (folder/f'{rank}.out').read_text(errors='replace')
     return Ended(process.returncode, output, seconds, **answer)
+
+# %% ../../nbs/paddy_multi/distributed/00_launch.ipynb #n016
+def in_processes(
+    run:Callable, # Function to run in each, imported or written in a notebook
+    n:int=2, # Processes
+    limit:float=60., # Seconds after which all are killed
+    **kwargs, # Its arguments
+)->list: # `Ended` for each process
+    "Run a function in `n` processes of this machine that can join as one group; none of them is left afterwards"
+    job = dict(path=sys.path, call=cloudpickle.dumps((run, kwargs)))
+    processes,port,start = [],_free_port(),time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for rank in range(n):
+                with open(f'{folder}/{rank}.out', 'wb') as out:
+                    processes.append(_started(rank, n, port, out, processes[0].pid if processes else 0))
+                pickle.dump({**job, 'file': f'{folder}/{rank}.pkl'}, processes[-1].stdin)
+                processes[-1].stdin.flush()
+            seconds = _waited(processes, start, limit)
+        finally: _end(processes)
+        return [_ended(Path(folder), rank, *o) for rank,o in enumerate(zip(processes, seconds))]

@@ -98,5 +98,5 @@ def __iter__(self:ShareDL):
 def _check_size(self:ShareDL, i, n):
     expected = max(1, self.sizes(i)[self.ranks.rank])
     if n != expected:
-        raise ValueError(f'expected {expected} items in batch {i} of this process, found {n}: a loader that skips items '
-                         '(SkipItemException) has other batches in each process. Leave these items out before')
+        raise ValueError(f'expected {expected} items in batch {i} of this process, found {n}: a loader that skips '
+                         'items (SkipItemException) has other batches in each process. Leave these items out before')
