@@ -171,7 +171,8 @@ macro_f1 = lambda: [accuracy, F1Score(average='macro')]
 # What each case changes; `mixed` is DrawnMixUp
 CASES = dict(
     plain=dict(n=81), by_gathering=dict(n=83, metrics=macro_f1),
-    one_item_last=dict(n=33), one_item_gathered=dict(n=33, metrics=macro_f1, loss=lambda: pairs), whole_batches=dict(n=81, drop_last=True),
+    one_item_last=dict(n=33), one_item_gathered=dict(n=33, metrics=macro_f1, loss=lambda: pairs),
+    whole_batches=dict(n=81, drop_last=True),
     missing=dict(y=missing), missing_gathered=dict(y=missing, metrics=lambda: [accuracy]),
     adam_weights_clip=dict(y=missing, loss=lambda: nn.CrossEntropyLoss(weight=weights, label_smoothing=.1), opt=Adam,
                            cbs=lambda: [GradientClip(.1)]),

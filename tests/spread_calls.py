@@ -1,4 +1,6 @@
 "The calls that a user of fastai makes, in several processes and in one"
+import contextlib
+import io
 import json
 import os
 import signal
@@ -71,7 +73,8 @@ def run_calls(folder):
         found['restored'] = torch.equal(before, numbers_of(learn.model)) and opt == repr(learn.opt.state_dict())
         trackers = [SaveModelCallback(fname='best', with_opt=True), CSVLogger('history.csv'),
                     EarlyStoppingCallback(patience=1, min_delta=1e9)]
-        learn.fit_one_cycle(4, .01, cbs=trackers)
+        with contextlib.redirect_stdout(io.StringIO()) as said: learn.fit_one_cycle(4, .01, cbs=trackers)
+        found['said'] = said.getvalue()
         found['epochs'] = len(learn.recorder.values)
         learn.fit(3, .01, cbs=ReduceLROnPlateau(patience=1, min_delta=1e9))
         found['reduced'] = learn.opt.hypers[-1]['lr']

@@ -101,9 +101,14 @@ def test_a_file_that_cannot_be_read_is_named_in_every_process(called):
         assert errors.notna().tolist() == [i == 5 for i in range(38)] and 'UnidentifiedImageError' in errors.iloc[5]
 
 
+def test_process_0_alone_tells_what_it_does(called):
+    (*_, first), (*_, second) = called
+    assert 'Better model found at epoch 0' in first['said'] and second['said'] == ''
+
+
 def test_rates_trackers_and_files(called, digits):
     (_, _, first), (_, _, second) = called
-    assert {k: v for k, v in first.items() if k != 'shows'} == {k: v for k, v in second.items() if k != 'shows'}
+    assert {k: v for k, v in first.items() if k != 'said'} == {k: v for k, v in second.items() if k != 'said'}
     assert 1e-7 < first['rate'][0] < 10 and first['rate'][1] > 10 and first['restored']
     assert first['epochs'] == 2 and math.isclose(first['reduced'], .0001)  # 0.01, and two epochs without improvement
     close(*first['fetched'], eps=1e-4)

@@ -13,13 +13,14 @@ from contextlib import ExitStack, contextmanager
 import fastai.learner
 import numpy as np
 import torch
+from fastai.callback import tracker
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.callback.progress import CSVLogger, ProgressCallback, ShowGraphCallback
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.torch_core import get_random_states, set_random_states, to_detach
-from fastcore.basics import patch
+from fastcore.basics import noop, patch
 from torch.utils.data import DataLoader as TorchDataLoader
 
 from ..accumulate.chunks import map_tensors
@@ -47,14 +48,15 @@ class AcrossProcesses(Callback):
     @property
     def share(self): # `ShareDL`, None for what all processes run alike
         "The loader of this epoch"
-        return self.learn.dl if isinstance(self.learn.dl, ShareDL) else None
+        dl = getattr(self.learn, 'dl', None)
+        return dl if isinstance(dl, ShareDL) else None
 
     @property
     def sizes(self): # Rows of each process
         "How the batch is cut"
         return self.share.sizes(self.learn.iter)
 
-# %% ../../nbs/paddy_multi/distributed/06_across.ipynb #n009
+# %% ../../nbs/paddy_multi/distributed/06_across.ipynb #n011
 @patch
 def before_fit(self:AcrossProcesses):
     "Refuse what cannot be spread, and begin with the same weights"
@@ -86,7 +88,7 @@ def _save_for_finder(self:AcrossProcesses):
 def before_validate(self:AcrossProcesses):
     if isinstance(self.learn.dl, (DataLoader, TorchDataLoader)): self.learn.dl = ShareDL(self.learn.dl, self.ranks)
 
-# %% ../../nbs/paddy_multi/distributed/06_across.ipynb #n011
+# %% ../../nbs/paddy_multi/distributed/06_across.ipynb #n014
 @patch
 def before_batch(self:AcrossProcesses):
     gatherer = getattr(self.learn, 'gather_preds', None)
@@ -106,6 +108,7 @@ def _sums(self:AcrossProcesses):
     recorder = getattr(self.learn, 'recorder', None)
     return sums_of([*self.learn.metrics, *([recorder.loss] if recorder else [])])
 
+# %% ../../nbs/paddy_multi/distributed/06_across.ipynb #n016
 @patch
 def after_loss(self:AcrossProcesses):
     if self.loss_of_own is None: return
@@ -114,7 +117,7 @@ def after_loss(self:AcrossProcesses):
     nothing = lambda t: t[:0] if t.ndim else t
     self.learn.pred,self.learn.yb = map_tensors(nothing, self.learn.pred), map_tensors(nothing, self.learn.yb)
 
-# %% ../../nbs/paddy_multi/distributed/06_across.ipynb #n012
+# %% ../../nbs/paddy_multi/distributed/06_across.ipynb #n018
 @patch
 def _gather(self:AcrossProcesses):
     "Outputs and targets of the whole batch, and what MixUp or CutMix has drawn for its items"
@@ -130,12 +133,13 @@ def _gather_mixed(self:AcrossProcesses, mix, sizes):
     lam = torch.as_tensor(mix.lam).reshape(-1).expand(n).contiguous()
     mix.yb1,mix.lam = self.ranks.gather('mixed labels', (mix.yb1, lam), sizes)
 
-# %% ../../nbs/paddy_multi/distributed/06_across.ipynb #n013
+# %% ../../nbs/paddy_multi/distributed/06_across.ipynb #n019
 @patch
 def before_step(self:AcrossProcesses):
     "The gradient of the whole batch"
     self.ranks.average_gradients([p for ps in self.opt.param_lists for p in ps])
 
+# %% ../../nbs/paddy_multi/distributed/06_across.ipynb #n021
 @patch
 def after_train(self:AcrossProcesses):
     "Running statistics of BatchNorm are averaged, other buffers are those of process 0"
@@ -148,6 +152,7 @@ def after_train(self:AcrossProcesses):
     if len(running) < len(buffers):
         self.ranks.broadcast_to('counters', [b for b in buffers if not b.is_floating_point()])
 
+# %% ../../nbs/paddy_multi/distributed/06_across.ipynb #n023
 @patch
 def after_validate(self:AcrossProcesses):
     "Sums over the own rows become those over all, and each process knows which items none could read"
@@ -164,7 +169,58 @@ def after_epoch(self:AcrossProcesses):
     if recorder and getattr(recorder, 'log', None) is not None:
         recorder.log[:] = self.ranks.broadcast('end of epoch', [*recorder.log])
 
-# %% ../../nbs/paddy_multi/distributed/06_across.ipynb #n016
+# %% ../../nbs/paddy_multi/distributed/06_across.ipynb #n028
+def _to_own_device(learn):
+    "Data and model on the GPU of this process"
+    if not torch.cuda.is_available() or getattr(learn.dls, 'device', torch.device('cpu')).type != 'cuda': return
+    device = torch.device('cuda', torch.cuda.current_device())
+    learn.dls.to(device)
+    learn.model.to(device)
+
+@contextmanager
+def _quiet(learn, ranks):
+    "Processes other than 0 show nothing"
+    if ranks.rank == 0:
+        yield
+        return
+    shows,tracker.print = learn._grab_cbs(_of_one),noop  # trackers tell what they do, too
+    learn.remove_cbs(shows)
+    try:
+        with replaced(learn, 'logger', noop): yield
+    finally:
+        del tracker.print
+        learn.add_cbs(shows)
+
+# %% ../../nbs/paddy_multi/distributed/06_across.ipynb #n029
+@contextmanager
+def _as_one(learn, ranks):
+    "The callback is in the learner, and fastai finds the number of this process, but no others"
+    cb,before = AcrossProcesses(ranks),{o: os.environ.pop(o, None) for o in ('WORLD_SIZE', 'RANK')}
+    os.environ['RANK'] = str(ranks.rank)
+    learn.add_cb(cb)
+    try:
+        with replaced(fastai.learner, 'distrib_barrier', lambda: ranks.meet('load')): yield
+    finally:
+        del os.environ['RANK']
+        os.environ.update({k: v for k,v in before.items() if v is not None})
+        if cb.loss_of_own is not None: learn.loss_func = cb.loss_of_own
+        if isinstance(getattr(learn, 'dl', None), ShareDL): learn.dl = learn.dl.dl
+        learn.remove_cb(cb)
+
+# %% ../../nbs/paddy_multi/distributed/06_across.ipynb #n030
+@contextmanager
+def _own_numbers(ranks):
+    "Random numbers that no other process has, and those of process 0 after the block"
+    seed = ranks.broadcast('random numbers', random.Random(repr(random.getstate())).getrandbits(31)) + ranks.rank
+    if ranks.rank:
+        random.seed(seed)
+        np.random.seed(seed%2**32)
+        torch.manual_seed(seed)
+    yield
+    states = ranks.broadcast('random numbers', get_random_states())
+    if ranks.rank: set_random_states(**states)
+
+# %% ../../nbs/paddy_multi/distributed/06_across.ipynb #n031
 @contextmanager
 def across_processes(
     learn:Learner, # The same in all processes
@@ -186,50 +242,3 @@ def across_processes(
         ranks.broadcast_to('weights', [*learn.model.parameters(), *learn.model.buffers()])
         for o in _quiet(learn, ranks), _as_one(learn, ranks), _own_numbers(ranks): stack.enter_context(o)
         yield learn
-
-# %% ../../nbs/paddy_multi/distributed/06_across.ipynb #n017
-def _to_own_device(learn):
-    "Data and model on the GPU of this process"
-    if not torch.cuda.is_available() or getattr(learn.dls, 'device', torch.device('cpu')).type != 'cuda': return
-    device = torch.device('cuda', torch.cuda.current_device())
-    learn.dls.to(device)
-    learn.model.to(device)
-
-@contextmanager
-def _quiet(learn, ranks):
-    "Processes other than 0 show nothing"
-    if ranks.rank == 0:
-        yield
-        return
-    shows = learn._grab_cbs(_of_one)
-    learn.remove_cbs(shows)
-    try:
-        with replaced(learn, 'logger', lambda *args, **kwargs: None): yield
-    finally: learn.add_cbs(shows)
-
-@contextmanager
-def _as_one(learn, ranks):
-    "The callback is in the learner, and fastai finds the number of this process, but no others"
-    cb,before = AcrossProcesses(ranks),{o: os.environ.pop(o, None) for o in ('WORLD_SIZE', 'RANK')}
-    os.environ['RANK'] = str(ranks.rank)
-    learn.add_cb(cb)
-    try:
-        with replaced(fastai.learner, 'distrib_barrier', lambda: ranks.meet('load')): yield
-    finally:
-        del os.environ['RANK']
-        os.environ.update({k: v for k,v in before.items() if v is not None})
-        if cb.loss_of_own is not None: learn.loss_func = cb.loss_of_own
-        if isinstance(getattr(learn, 'dl', None), ShareDL): learn.dl = learn.dl.dl
-        learn.remove_cb(cb)
-
-@contextmanager
-def _own_numbers(ranks):
-    "Random numbers that no other process has, and those of process 0 after the block"
-    seed = ranks.broadcast('random numbers', random.Random(repr(random.getstate())).getrandbits(31)) + ranks.rank
-    if ranks.rank:
-        random.seed(seed)
-        np.random.seed(seed%2**32)
-        torch.manual_seed(seed)
-    yield
-    states = ranks.broadcast('random numbers', get_random_states())
-    if ranks.rank: set_random_states(**states)

@@ -92,6 +92,7 @@ def _end(processes):
         o.wait()
         o.stdin.close()
 
+# %% ../../nbs/paddy_multi/distributed/00_launch.ipynb #n016
 def _ended(folder, rank, process, seconds):
     file = folder/f'{rank}.pkl'
     answer = pickle.loads(file.read_bytes()) if file.exists() else {}
@@ -99,7 +100,7 @@ def _ended(folder, rank, process, seconds):
     output = (folder/f'{rank}.out').read_text(errors='replace')
     return Ended(process.returncode, output, seconds, **answer)
 
-# %% ../../nbs/paddy_multi/distributed/00_launch.ipynb #n016
+# %% ../../nbs/paddy_multi/distributed/00_launch.ipynb #n017
 def in_processes(
     run:Callable, # Function to run in each, imported or written in a notebook
     n:int=2, # Processes

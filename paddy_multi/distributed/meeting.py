@@ -123,6 +123,7 @@ def _are_apart(self:Meeting, what):
     raise ProcessFailed(f'the processes do different things: {said}. All of them must make the same calls, '
                         'also those whose result only one of them uses')
 
+# %% ../../nbs/paddy_multi/distributed/01_meeting.ipynb #n019
 @patch
 def _lost(self:Meeting, what, error):
     "`ProcessFailed` that tells who has ended; the others have a second to see that this one has not"
@@ -135,7 +136,7 @@ def _lost(self:Meeting, what, error):
            f'one has ended elsewhere, or has not answered in {self.timeout:g} s ({str(error).splitlines()[0]})')
     raise ProcessFailed(f'process {self.rank} has lost the others at {what!r}: {why}') from None
 
-# %% ../../nbs/paddy_multi/distributed/01_meeting.ipynb #n021
+# %% ../../nbs/paddy_multi/distributed/01_meeting.ipynb #n022
 @patch
 @contextmanager
 def together(self:Meeting):

@@ -44,7 +44,7 @@ class Ranks(Meeting):
         self.calls[kind] += 1
         self.bytes[kind] += t.numel()*t.element_size()
 
-# %% ../../nbs/paddy_multi/distributed/02_ranks.ipynb #n009
+# %% ../../nbs/paddy_multi/distributed/02_ranks.ipynb #n011
 @patch
 def same(self:Ranks,
     what:str, # Name of what is compared
@@ -59,7 +59,7 @@ def same(self:Ranks,
     said = ', '.join(f'process {i} {"..."*(at > 0)}{o[at:at+100]}' for i,o in enumerate(texts))
     raise ValueError(f'the processes differ in {what}: {said}. {advice}')
 
-# %% ../../nbs/paddy_multi/distributed/02_ranks.ipynb #n011
+# %% ../../nbs/paddy_multi/distributed/02_ranks.ipynb #n014
 @patch
 def sum(self:Ranks,
     what:str, # Where in the program
@@ -72,6 +72,7 @@ def sum(self:Ranks,
     dist.all_reduce(t, group=self.group_of(t))
     return t
 
+# %% ../../nbs/paddy_multi/distributed/02_ranks.ipynb #n016
 @patch
 def broadcast(self:Ranks,
     what:str, # Where in the program
@@ -83,6 +84,7 @@ def broadcast(self:Ranks,
     dist.broadcast_object_list(box, src=0, group=self.control)
     return box[0]
 
+# %% ../../nbs/paddy_multi/distributed/02_ranks.ipynb #n018
 @patch
 def broadcast_to(self:Ranks,
     what:str, # Where in the program
@@ -97,7 +99,7 @@ def broadcast_to(self:Ranks,
             dist.broadcast(whole, 0, group=self.group_of(whole))
             if self.rank: t.copy_(whole)
 
-# %% ../../nbs/paddy_multi/distributed/02_ranks.ipynb #n015
+# %% ../../nbs/paddy_multi/distributed/02_ranks.ipynb #n023
 class Counted(torch.autograd.Function):
     "A value that is known, with `times` the gradient of the own part"
     @staticmethod
@@ -107,24 +109,7 @@ class Counted(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad): return grad*ctx.times, None, None
 
-# %% ../../nbs/paddy_multi/distributed/02_ranks.ipynb #n017
-@patch
-def gather(self:Ranks,
-    what:str, # Where in the program
-    o, # Tensors with this process's rows along the first dimension, nested or not
-    sizes:list, # Rows of each process; one without any gives a row that is left out
-): # The same with the rows of all processes, in order
-    "All rows, the own ones with their graph; `ValueError` for rows that cannot be told or joined"
-    from paddy_multi.accumulate.chunks import map_tensors  # of a room that needs fastai, as a meeting does not
-    tensors,rows = tensors_in(o),max(1, sizes[self.rank])
-    if not all(t.ndim and len(t) == rows and t.layout == torch.strided for t in tensors):
-        raise ValueError(f'{what}: expected tensors with the {rows} items of this process along the first dimension, '
-                         f'found {found(o)}')
-    boxes = iter([_Rows(t, sizes, self) for t in tensors])
-    self.same(what, [(t.dtype, t.ndim, *t.shape[1:]) for t in tensors],
-              'Items of a batch need one shape in all processes to be joined')
-    return map_tensors(lambda t: next(boxes).whole(), o)
-
+# %% ../../nbs/paddy_multi/distributed/02_ranks.ipynb #n025
 class _Rows:
     "Rows of one tensor, with memory for those of all processes"
     def __init__(self, t, sizes, ranks):
@@ -142,7 +127,25 @@ class _Rows:
         if own.requires_grad: parts[ranks.rank] = Counted.apply(own, own.detach(), ranks.world_size)
         return torch.cat(parts).as_subclass(type(self.t))
 
-# %% ../../nbs/paddy_multi/distributed/02_ranks.ipynb #n021
+# %% ../../nbs/paddy_multi/distributed/02_ranks.ipynb #n026
+@patch
+def gather(self:Ranks,
+    what:str, # Where in the program
+    o, # Tensors with this process's rows along the first dimension, nested or not
+    sizes:list, # Rows of each process; one without any gives a row that is left out
+): # The same with the rows of all processes, in order
+    "All rows, the own ones with their graph; `ValueError` for rows that cannot be told or joined"
+    from paddy_multi.accumulate.chunks import map_tensors  # of a room that needs fastai, as a meeting does not
+    tensors,rows = tensors_in(o),max(1, sizes[self.rank])
+    if not all(t.ndim and len(t) == rows and t.layout == torch.strided for t in tensors):
+        raise ValueError(f'{what}: expected tensors with the {rows} items of this process along the first dimension, '
+                         f'found {found(o)}')
+    boxes = iter([_Rows(t, sizes, self) for t in tensors])
+    self.same(what, [(t.dtype, t.ndim, *t.shape[1:]) for t in tensors],
+              'Items of a batch need one shape in all processes to be joined')
+    return map_tensors(lambda t: next(boxes).whole(), o)
+
+# %% ../../nbs/paddy_multi/distributed/02_ranks.ipynb #n031
 def _buckets(params, size):
     "Lists of parameters of one type and device, with about `size` bytes of gradients together"
     res,filled = [],{}
@@ -155,7 +158,19 @@ def _buckets(params, size):
         filled[kind] += p.grad.numel()*p.grad.element_size()
     return res
 
-# %% ../../nbs/paddy_multi/distributed/02_ranks.ipynb #n023
+# %% ../../nbs/paddy_multi/distributed/02_ranks.ipynb #n033
+@patch
+def _with_gradient(self:Ranks, params):
+    "Those that have a gradient in any process, and in this one from here on"
+    there = torch.tensor([p.grad is not None for p in params], dtype=torch.int32)
+    if len({*self.meet('gradients', note=zlib.crc32(there.numpy().tobytes()))}) > 1:
+        dist.all_reduce(there, op=dist.ReduceOp.MAX, group=self.control)
+    params = [p for p,any_has in zip(params, there.tolist()) if any_has]
+    for p in params:
+        if p.grad is None: p.grad = torch.zeros_like(p)
+    return params
+
+# %% ../../nbs/paddy_multi/distributed/02_ranks.ipynb #n034
 @patch
 def average_gradients(self:Ranks,
     params:list, # Parameters, the same in all processes
@@ -174,18 +189,7 @@ def average_gradients(self:Ranks,
         flat /= self.world_size
         for p,g in zip(bucket, flat.split([p.numel() for p in bucket])): p.grad.copy_(g.view_as(p.grad))
 
-@patch
-def _with_gradient(self:Ranks, params):
-    "Those that have a gradient in any process, and in this one from here on"
-    there = torch.tensor([p.grad is not None for p in params], dtype=torch.int32)
-    if len({*self.meet('gradients', note=zlib.crc32(there.numpy().tobytes()))}) > 1:
-        dist.all_reduce(there, op=dist.ReduceOp.MAX, group=self.control)
-    params = [p for p,any_has in zip(params, there.tolist()) if any_has]
-    for p in params:
-        if p.grad is None: p.grad = torch.zeros_like(p)
-    return params
-
-# %% ../../nbs/paddy_multi/distributed/02_ranks.ipynb #n026
+# %% ../../nbs/paddy_multi/distributed/02_ranks.ipynb #n038
 _joined = {}  # `Ranks` by group, as a group is made once
 
 def start(

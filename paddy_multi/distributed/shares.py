@@ -76,6 +76,7 @@ def _own_items(self:ShareDL, idxs):
         own += order[start:start+sizes[rank]] or [order[i*self.step]]
     return own
 
+# %% ../../nbs/paddy_multi/distributed/03_shares.ipynb #n017
 @patch
 def __iter__(self:ShareDL):
     "Batches of the own items"
@@ -94,6 +95,7 @@ def __iter__(self:ShareDL):
         yield batch
     if n < len(self): self._check_size(n, 0)
 
+# %% ../../nbs/paddy_multi/distributed/03_shares.ipynb #n018
 @patch
 def _check_size(self:ShareDL, i, n):
     expected = max(1, self.sizes(i)[self.ranks.rank])
