@@ -70,7 +70,7 @@ def alone():
     finally: os.environ.update(kept)
 
 
-class Losses(Callback):
+class SeenLosses(Callback):
     "The losses of all batches; the recorder takes those of training in float32"
     order, reads_outputs = 49, False
     def before_fit(self): self.seen = []
@@ -89,7 +89,7 @@ def learner(bs, loss, n=81, y=None, model=mlp, cbs=(), opt=partial(SGD, mom=.9),
                       TfmdDL(Rows(xv, yv), bs=bs, num_workers=0), device='cpu')
     dls.n_inp, dls.train.rng = 1, random.Random(1)
     return Learner(dls, model(), loss_func=loss(), opt_func=opt, lr=.05, metrics=list(metrics), path=path,
-                   cbs=[Losses(), *cbs])
+                   cbs=[SeenLosses(), *cbs])
 
 
 def quietly(learn, f):
@@ -106,12 +106,12 @@ def compare(ours, one, fit):
         calls = {k: v-before.get(k, 0) for k, v in learn.across_processes.ranks.calls.items()}
     a, b = numbers_of(ours.model), numbers_of(one.model)
     rows = [(float(u), float(v)) for p, q in zip(ours.recorder.values, one.recorder.values) for u, v in zip(p, q)]
-    assert len(ours.recorder.values) == len(one.recorder.values) and len(ours.losses.seen) == len(one.losses.seen)
+    assert len(ours.recorder.values) == len(one.recorder.values) and len(ours.seen_losses.seen) == len(one.seen_losses.seen)
     return dict(weights=float((a-b).norm()/(b-start).norm()), moved=float((b-start).norm()),
-                losses=max(abs(u-v) for u, v in zip(ours.losses.seen, one.losses.seen)),
+                losses=max(abs(u-v) for u, v in zip(ours.seen_losses.seen, one.seen_losses.seen)),
                 metrics=max(abs(u-v) for u, v in rows if v == v), nan=all((u == u) == (v == v) for u, v in rows),
                 schedule=max(map(abs, np.subtract(ours.recorder.lrs, one.recorder.lrs))),
-                updates=len(ours.losses.seen), calls=calls, numbers=a.sum().item())
+                updates=len(ours.seen_losses.seen), calls=calls, numbers=a.sum().item())
 
 
 class DrawnMixUp(MixUp):
@@ -213,7 +213,7 @@ def table_learner(bs, weighting):
                       get_y=targets.get_y, splitter=IndexSplitter(range(60, 81)))
     dls = block.dataloaders(df, bs=bs, num_workers=0, device='cpu', drop_last=False)
     body, head = mlp()[0], nn.Linear(32, dls.targets.n_out)
-    learn = multi_target_learner(dls, body, head=head, weighting=weighting, opt_func=Adam, cbs=Losses())
+    learn = multi_target_learner(dls, body, head=head, weighting=weighting, opt_func=Adam, cbs=SeenLosses())
     learn.model.double()
     dls.train.rng = random.Random(1)
     return learn
@@ -229,7 +229,7 @@ def run_sometimes():
     def model():
         torch.manual_seed(2)
         return Sometimes(*mlp(), nn.Sequential(nn.BatchNorm1d(32), nn.Linear(32, 5)).double())
-    learn = learner(8, cross_entropy, model=model, opt=partial(Adam, wd=.1))
+    learn = learner(8, cross_entropy, model=model, opt=partial(Adam, wd=.1), drop_last=True)
     with across_processes(learn) as l: quietly(l, lambda l: l.fit(4))
     numbers = numbers_of(learn.model)
     return dict(numbers=numbers.sum().item(), moved=float((numbers-numbers_of(model())).norm()),
