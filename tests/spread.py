@@ -106,7 +106,8 @@ def compare(ours, one, fit):
         calls = {k: v-before.get(k, 0) for k, v in learn.across_processes.ranks.calls.items()}
     a, b = numbers_of(ours.model), numbers_of(one.model)
     rows = [(float(u), float(v)) for p, q in zip(ours.recorder.values, one.recorder.values) for u, v in zip(p, q)]
-    assert len(ours.recorder.values) == len(one.recorder.values) and len(ours.seen_losses.seen) == len(one.seen_losses.seen)
+    assert len(ours.recorder.values) == len(one.recorder.values)
+    assert len(ours.seen_losses.seen) == len(one.seen_losses.seen)
     return dict(weights=float((a-b).norm()/(b-start).norm()), moved=float((b-start).norm()),
                 losses=max(abs(u-v) for u, v in zip(ours.seen_losses.seen, one.seen_losses.seen)),
                 metrics=max(abs(u-v) for u, v in rows if v == v), nan=all((u == u) == (v == v) for u, v in rows),

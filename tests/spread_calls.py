@@ -30,11 +30,11 @@ def write_digits(folder):
     table.to_csv(Path(folder)/'labels.csv', index=False)
 
 
-def digits_learner(folder, bs, cbs=()):
+def digits_learner(folder, bs, cbs=(), num_workers=0):
     seed(3)
     dls = MultiTargetDataLoaders.from_csv(folder, targets=['digit', 'slant', 'ink'], kinds=dict(digit='category'),
-                                          folder='images', seed=1, bs=bs, num_workers=0, item_tfms=Resize(16),
-                                          device='cpu')
+                                          folder='images', seed=1, bs=bs, num_workers=num_workers,
+                                          item_tfms=Resize(16), device='cpu')
     body = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.GroupNorm(2, 8), nn.ReLU())
     return multi_target_learner(dls, body, head_norm='layer', cbs=list(cbs), path=folder)
 
@@ -166,5 +166,9 @@ def run_refused(folder):
     learn = digits_learner(folder, 8)
     learn.dls.loaders[0] = torch.utils.data.DataLoader(learn.dls.train_ds, batch_size=8)
     attempt('loader', lambda: fit(learn))
-    fit(digits_learner(folder, 8))  # they go on after it
+    learn = digits_learner(folder, 8, num_workers=2)
+    fit(learn)
+    said['with workers'] = numbers_of(learn.model).sum().item()
+    if rank: (Path(folder)/'images'/learn.dls.valid_ds.items[-1].name).rename(Path(folder)/'images'/'moved')
+    attempt('worker', lambda: fit(learn))
     return said

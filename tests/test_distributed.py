@@ -160,19 +160,28 @@ def test_one_that_is_killed_is_named(failed):
 
 
 @pytest.fixture(scope='module')
-def refused(digits): return results(spread_calls.run_refused, folder=digits)
+def refused(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('refused')
+    spread_calls.write_digits(folder)
+    return results(spread_calls.run_refused, folder=folder)
 
 
 @pytest.mark.slow
 def test_what_differs_or_cannot_be_shared_is_refused_in_all(refused):
     first, second = refused
-    assert first == second
+    assert {k: v for k, v in first.items() if k != 'worker'} == {k: v for k, v in second.items() if k != 'worker'}
     assert first['batch size'].startswith('ValueError: the processes differ in the batch size of training: process 0 '
                                           '8, process 1 4. Build model and data alike')
     assert first['items'].startswith('ValueError: the processes differ in the items of training: process 0 (163, ')
     assert first['parameters'].startswith('ValueError: the processes differ in parameters: process 0 [')
     assert first['one predicts'].startswith("ProcessFailed: the processes do different things: process 0 at 'order of "
                                             "items', process 1 at 'random numbers'")
+
+
+@pytest.mark.slow
+def test_loaders_have_workers_and_what_fails_in_one_of_them_ends_all(refused):
+    assert all('FileNotFoundError' in o['worker'] for o in refused)
+    assert sorted('ProcessFailed: process' in o['worker'] for o in refused) == [False, True]
 
 
 # --- launchers ------------------------------------------------------------------------------------------------------
