@@ -17,7 +17,7 @@ from fastai.metrics import F1Score, accuracy
 from torch import nn
 
 from paddy_multi.distributed.across import across_processes
-from paddy_multi.distributed.ranks import start
+from paddy_multi.distributed.ranks import join_processes
 from paddy_multi.kinds.category import CategoryTarget
 from paddy_multi.kinds.ordinal import OrdinalTarget
 from paddy_multi.kinds.regression import RegressionTarget
@@ -190,7 +190,7 @@ def cross_entropy(): return F.cross_entropy
 def run_case(n=81, loss=cross_entropy, mixed=None, metrics=lambda: [], cbs=lambda: [], accumulate=0,
              train_metrics=False, epochs=4, **changed):
     "Train one case in all processes and in one"
-    ranks, made = start(60), []
+    ranks, made = join_processes(60), []
     for bs, drawn in ((8, [ranks.rank]), (8*ranks.world_size, range(ranks.world_size))):
         more = [DrawnMixUp(drawn, **mixed)] if mixed is not None else []
         if accumulate: more.append(GradientAccumulation(8*ranks.world_size*accumulate))
@@ -221,7 +221,7 @@ def table_learner(bs, weighting):
 
 
 def run_table(weighting):
-    n = start(60).world_size
+    n = join_processes(60).world_size
     return compare(table_learner(8, weighting), table_learner(8*n, weighting), lambda l: l.fit_one_cycle(6, .05))
 
 

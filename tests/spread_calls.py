@@ -15,7 +15,7 @@ from fastai.vision.all import (Callback, CSVLogger, FetchPredsCallback, Resize, 
 from paddy_multi.data.digits import sample_digits
 from paddy_multi.data.loaders import MultiTargetDataLoaders
 from paddy_multi.distributed.across import across_processes
-from paddy_multi.distributed.ranks import start
+from paddy_multi.distributed.ranks import join_processes
 from paddy_multi.train.learner import multi_target_learner
 from paddy_multi.use.interpret import MultiTargetInterpretation
 from paddy_multi.use.predict import predict_named
@@ -58,7 +58,7 @@ def predictions(learn, folder):
 
 def run_calls(folder):
     "In all processes: train, predict, look for a rate, track, save; then predict in one, with the same weights"
-    ranks, learn = start(60), digits_learner(folder, 8)
+    ranks, learn = join_processes(60), digits_learner(folder, 8)
     found = {}
     with across_processes(learn), learn.no_bar():
         learn.fit_one_cycle(1, .01)
@@ -142,7 +142,7 @@ def run_failures(folder):
 
 def run_refused(folder):
     "What all processes raise for what cannot be spread, or differs between them"
-    said, rank = {}, start(30).rank
+    said, rank = {}, join_processes(30).rank
     def attempt(name, f):
         try: f()
         except Exception as e: said[name] = f'{type(e).__name__}: {e}'

@@ -2,9 +2,11 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -192,25 +194,41 @@ from spread import learner, cross_entropy, across_processes, quietly, numbers_of
 learn = learner(8, cross_entropy)
 def fit(l):
     if {fails} and os.environ['RANK'] == '1': raise OSError('cannot read the labels')
-    l.fit(1)
+    print('pid', os.getpid(), flush=True)
+    l.fit({epochs})
 with across_processes(learn) as l: quietly(l, fit)
 print('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], numbers_of(learn.model).sum().item(), flush=True)
 """
 
 
-def torchrun(folder, fails, n=2):
-    "Output and exit status of a script under `torchrun`; whatever it started is gone afterwards"
-    (folder/'train.py').write_text(SCRIPT.format(tests=str(Path(__file__).parent), fails=fails))
+def started(folder, script, n=2):
+    "A script under `torchrun`, and the file that it writes to"
+    (folder/'train.py').write_text(script)
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={n}', 'train.py']
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join(o for o in sys.path if o)}
-    to = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    process = subprocess.Popen(command, cwd=folder, env=env, **to)
-    try: out, _ = process.communicate(timeout=120)
+    with open(folder/'out', 'wb') as out:
+        return subprocess.Popen(command, cwd=folder, env=env, stdout=out, stderr=subprocess.STDOUT), folder/'out'
+
+
+def waited_for(out, process, n=2):
+    "The numbers of the `n` processes, once all of them train"
+    until = time.monotonic()+90
+    while len(found := re.findall(r'^pid (\d+)$', out.read_text(), re.M)) < n:
+        assert process.poll() is None and time.monotonic() < until, out.read_text()
+        time.sleep(.2)
+    time.sleep(1)
+    return [*map(int, found)]
+
+
+def torchrun(folder, fails):
+    "Output and exit status of a script under `torchrun`; whatever it started is gone afterwards"
+    process, out = started(folder, SCRIPT.format(tests=str(Path(__file__).parent), fails=fails, epochs=1))
+    try: process.wait(120)
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)  # at which it ends what it has started
+        process.terminate()  # at which it ends what it has started
         process.wait(40)
         raise
-    return out, process.returncode
+    return out.read_text(), process.returncode
 
 
 @pytest.mark.slow
@@ -226,3 +244,20 @@ def test_torchrun_shows_what_failed(tmp_path):
     out, code = torchrun(tmp_path, fails=True)
     assert code == 1 and 'OSError: cannot read the labels' in out
     assert 'ProcessFailed: process 1 stopped: OSError: cannot read the labels' in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number, to, said', [
+    (signal.SIGTERM, 'torchrun', 'was told to stop by SIGTERM'), (signal.SIGINT, 'all', 'was told to stop by SIGINT'),
+    (signal.SIGKILL, 'process 0', 'has lost the others at')])
+def test_a_signal_ends_what_torchrun_has_started(tmp_path, number, to, said):
+    "As a scheduler sends it, a terminal, and a kernel without memory"
+    process, out = started(tmp_path, SCRIPT.format(tests=str(Path(__file__).parent), fails=False, epochs=10**6))
+    try:
+        pids = waited_for(out, process)
+        began = time.monotonic()
+        for pid in dict(torchrun=[process.pid], all=[process.pid, *pids]).get(to, pids[:1]): os.kill(pid, number)
+        process.wait(30)
+        assert time.monotonic()-began < 15 and said in out.read_text()
+        assert not any(Path(f'/proc/{pid}').exists() for pid in pids)
+    finally: process.kill()

@@ -27,7 +27,7 @@ from ..accumulate.chunks import map_tensors
 from ..core.tensors import replaced
 from .parts import add_up, goes_by_parts, part_of_loss, sums_of
 from .preconditions import check_learner, check_same, warn_of_batchnorm
-from .ranks import Ranks, start
+from .ranks import Ranks, join_processes
 from .shares import ShareDL
 
 # %% ../../nbs/paddy_multi/distributed/06_across.ipynb #n007
@@ -229,7 +229,7 @@ def across_processes(
     """Let the processes that a launcher has started train and predict together; alone, nothing is changed.
 
     `ValueError` or `TypeError` for what cannot be spread, `ProcessFailed` where another process has failed"""
-    ranks = start(timeout)
+    ranks = join_processes(timeout)
     if ranks is None or hasattr(learn, 'across_processes'):
         yield learn
         return
