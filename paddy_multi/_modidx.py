@@ -1379,6 +1379,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'paddy_multi/distributed/meeting.py'),
                                                  'paddy_multi.distributed.meeting.Meeting.everyone': ( 'paddy_multi/distributed/meeting.html#meeting.everyone',
                                                                                                        'paddy_multi/distributed/meeting.py'),
+                                                 'paddy_multi.distributed.meeting.Meeting.exchange': ( 'paddy_multi/distributed/meeting.html#meeting.exchange',
+                                                                                                       'paddy_multi/distributed/meeting.py'),
                                                  'paddy_multi.distributed.meeting.Meeting.meet': ( 'paddy_multi/distributed/meeting.html#meeting.meet',
                                                                                                    'paddy_multi/distributed/meeting.py'),
                                                  'paddy_multi.distributed.meeting.Meeting.together': ( 'paddy_multi/distributed/meeting.html#meeting.together',

@@ -194,10 +194,11 @@ from spread import learner, cross_entropy, across_processes, quietly, numbers_of
 learn = learner(8, cross_entropy)
 def fit(l):
     if {fails} and os.environ['RANK'] == '1': raise OSError('cannot read the labels')
-    print('pid', os.getpid(), flush=True)
+    os.write(1, f'pid {{os.getpid()}}\\n'.encode())
     l.fit({epochs})
 with across_processes(learn) as l: quietly(l, fit)
-print('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], numbers_of(learn.model).sum().item(), flush=True)
+rank, total = os.environ['RANK'], numbers_of(learn.model).sum().item()
+os.write(1, f"rank {{rank}} of {{os.environ['WORLD_SIZE']}} {{total}}\\n".encode())
 """
 
 

@@ -94,8 +94,7 @@ def _meet(self:Meeting, what, note, state):
     mine = torch.tensor([state, zlib.crc32(what.encode()), note])
     rows = [torch.empty_like(mine) for _ in range(self.world_size)]
     self.meetings += 1
-    try: dist.all_gather(rows, mine, group=self.control)
-    except RuntimeError as e: self._lost(what, e)
+    with self.exchange(what): dist.all_gather(rows, mine, group=self.control)
     states,places,notes = zip(*(o.tolist() for o in rows))
     self.all_know = True
     if _failed in states: self._one_failed(states.index(_failed), state)
@@ -108,7 +107,7 @@ def _meet(self:Meeting, what, note, state):
 @patch
 def _one_failed(self:Meeting, first, state):
     why = [self.why]
-    dist.broadcast_object_list(why, src=first, group=self.control)
+    with self.exchange('a failure'): dist.broadcast_object_list(why, src=first, group=self.control)
     if state != _failed: raise ProcessFailed(f'process {first} stopped: {why[0]}')
 
 @patch
@@ -125,6 +124,16 @@ def _are_apart(self:Meeting, what):
                         'also those whose result only one of them uses')
 
 # %% ../../nbs/paddy_multi/distributed/01_meeting.ipynb #n022
+@patch
+@contextmanager
+def exchange(self:Meeting,
+    what:str, # Where in the program
+):
+    "Tells who is gone if an exchange inside the block breaks off"
+    try: yield
+    except torch.OutOfMemoryError: raise
+    except RuntimeError as e: self._lost(what, e)
+
 @patch
 def _lost(self:Meeting, what, error):
     "`ProcessFailed` that tells who has ended; the others have a second to see that this one has not"

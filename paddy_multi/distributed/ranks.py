@@ -69,7 +69,7 @@ def sum(self:Ranks,
     t = plain(t).detach().clone()
     self.meet(what)
     self.count('sum', t)
-    dist.all_reduce(t, group=self.group_of(t))
+    with self.exchange(what): dist.all_reduce(t, group=self.group_of(t))
     return t
 
 # %% ../../nbs/paddy_multi/distributed/02_ranks.ipynb #n016
@@ -81,7 +81,7 @@ def broadcast(self:Ranks,
     "Something small from process 0"
     self.meet(what)
     box = [o]
-    dist.broadcast_object_list(box, src=0, group=self.control)
+    with self.exchange(what): dist.broadcast_object_list(box, src=0, group=self.control)
     return box[0]
 
 # %% ../../nbs/paddy_multi/distributed/02_ranks.ipynb #n018
@@ -92,7 +92,7 @@ def broadcast_to(self:Ranks,
 ):
     "Write the values of process 0 into `tensors`"
     self.meet(what)
-    with torch.no_grad():
+    with torch.no_grad(), self.exchange(what):
         for t in map(plain, tensors):
             whole = t.detach().contiguous()
             self.count('broadcast', whole)
@@ -143,7 +143,7 @@ def gather(self:Ranks,
     boxes = iter([_Rows(t, sizes, self) for t in tensors])
     self.same(what, [(t.dtype, t.ndim, *t.shape[1:]) for t in tensors],
               'Items of a batch need one shape in all processes to be joined')
-    return map_tensors(lambda t: next(boxes).whole(), o)
+    with self.exchange(what): return map_tensors(lambda t: next(boxes).whole(), o)
 
 # %% ../../nbs/paddy_multi/distributed/02_ranks.ipynb #n031
 def _buckets(params, size):
@@ -164,7 +164,7 @@ def _with_gradient(self:Ranks, params):
     "Those that have a gradient in any process, and in this one from here on"
     there = torch.tensor([p.grad is not None for p in params], dtype=torch.int32)
     if len({*self.meet('gradients', note=zlib.crc32(there.numpy().tobytes()))}) > 1:
-        dist.all_reduce(there, op=dist.ReduceOp.MAX, group=self.control)
+        with self.exchange('gradients'): dist.all_reduce(there, op=dist.ReduceOp.MAX, group=self.control)
     params = [p for p,any_has in zip(params, there.tolist()) if any_has]
     for p in params:
         if p.grad is None: p.grad = torch.zeros_like(p)
@@ -185,7 +185,7 @@ def average_gradients(self:Ranks,
     for bucket in _buckets(params, bucket_mb*2**20):
         flat = torch.cat([p.grad.reshape(-1) for p in bucket])
         self.count('gradients', flat)
-        dist.all_reduce(flat, group=self.group_of(flat))
+        with self.exchange('gradients'): dist.all_reduce(flat, group=self.group_of(flat))
         flat /= self.world_size
         for p,g in zip(bucket, flat.split([p.numel() for p in bucket])): p.grad.copy_(g.view_as(p.grad))
 
@@ -207,4 +207,8 @@ def join_processes(
     return _joined[dist.group.WORLD]
 
 def _leave():
-    if dist.is_initialized() and not any(o.all_know for o in _joined.values()): dist.destroy_process_group()
+    "The threads of the groups end before the interpreter does"
+    lost = any(o.all_know for o in _joined.values())
+    for o in _joined.values(): o.control = None
+    _joined.clear()
+    if dist.is_initialized() and not lost: dist.destroy_process_group()
