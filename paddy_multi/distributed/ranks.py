@@ -208,7 +208,8 @@ def join_processes(
 
 def _leave():
     "The threads of the groups end before the interpreter does"
-    lost = any(o.all_know for o in _joined.values())
+    failed = any(o.all_know for o in _joined.values())
     for o in _joined.values(): o.control = None
     _joined.clear()
-    if dist.is_initialized() and not lost: dist.destroy_process_group()
+    if not dist.is_initialized() or failed and torch.cuda.is_available(): return  # NCCL waits for one that is gone
+    dist.destroy_process_group()
