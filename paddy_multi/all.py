@@ -50,6 +50,13 @@ from .accumulate.plan import *
 from .accumulate.processes import *
 from .accumulate.case import *
 from .accumulate.benchmark import *
+from .distributed.launch import *
+from .distributed.meeting import *
+from .distributed.ranks import *
+from .distributed.shares import *
+from .distributed.parts import *
+from .distributed.preconditions import *
+from .distributed.across import *
 from .train.heads import *
 from .train.watch import *
 from .train.learner import *

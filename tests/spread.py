@@ -1,0 +1,246 @@
+"Learners that are trained in several processes and in one, in float64, and how far apart they end"
+import os
+import random
+from contextlib import contextmanager
+from functools import partial
+
+import fastai.callback.schedule  # fit_one_cycle and lr_find
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from fastai.basics import Adam, Callback, DataLoaders, Learner, SGD, TfmdDL
+from fastai.callback.mixup import MixUp
+from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.data.all import DataBlock, IndexSplitter, TransformBlock
+from fastai.metrics import F1Score, accuracy
+from torch import nn
+
+from paddy_multi.distributed.across import across_processes
+from paddy_multi.distributed.ranks import join_processes
+from paddy_multi.kinds.category import CategoryTarget
+from paddy_multi.kinds.ordinal import OrdinalTarget
+from paddy_multi.kinds.regression import RegressionTarget
+from paddy_multi.targets.declare import Targets
+from paddy_multi.train.learner import multi_target_learner
+
+
+class Rows:
+    "Items that a loader reads from memory"
+    def __init__(self, x, y): self.x, self.y, self.items = x, y, [*range(len(x))]
+    def __len__(self): return len(self.x)
+    def __getitem__(self, i): return self.x[i], self.y[i]
+
+
+def data(n, seed=0):
+    "Synthetic items of five classes, which a linear model would tell apart but for noise"
+    g = torch.Generator().manual_seed(seed)
+    x, w = torch.randn(n, 20, generator=g, dtype=torch.float64), torch.randn(20, 5, generator=g, dtype=torch.float64)
+    return x, (x@w + torch.randn(n, 5, generator=g, dtype=torch.float64)).argmax(1)
+
+
+def missing(y):
+    "Labels without most of the first third, and half of the rest"
+    g, y = torch.Generator().manual_seed(2), y.clone()
+    y[torch.rand(len(y), generator=g) < .5] = -100
+    third = len(y)//3
+    y[:third] = torch.where(torch.rand(third, generator=g) < .8, -100, y[:third])
+    return y
+
+
+def mlp():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Sequential(nn.Linear(20, 32), nn.Tanh()), nn.Sequential(nn.Linear(32, 5))).double()
+
+
+def numbers_of(model): return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def seed(s):
+    random.seed(s)
+    np.random.seed(s)
+    torch.manual_seed(s)
+
+
+@contextmanager
+def alone():
+    "fastai finds one process"
+    kept = {k: os.environ.pop(k) for k in ('WORLD_SIZE', 'RANK') if k in os.environ}
+    try: yield
+    finally: os.environ.update(kept)
+
+
+class SeenLosses(Callback):
+    "The losses of all batches; the recorder takes those of training in float32"
+    order, reads_outputs = 49, False
+    def before_fit(self): self.seen = []
+    def after_batch(self):
+        self.learn.loss = self.learn.loss.detach()
+        if not self.training: return
+        self.seen.append(float(self.learn.loss))
+        self.learn.loss = self.learn.loss.float()
+
+
+def learner(bs, loss, n=81, y=None, model=mlp, cbs=(), opt=partial(SGD, mom=.9), metrics=(), drop_last=False, path='.'):
+    seed(3)
+    (x, labels), (xv, yv) = data(n), data(37, seed=5)
+    if y: labels, yv = y(labels), y(yv)
+    dls = DataLoaders(TfmdDL(Rows(x, labels), bs=bs, num_workers=0, shuffle=True, drop_last=drop_last),
+                      TfmdDL(Rows(xv, yv), bs=bs, num_workers=0), device='cpu')
+    dls.n_inp, dls.train.rng = 1, random.Random(1)
+    return Learner(dls, model(), loss_func=loss(), opt_func=opt, lr=.05, metrics=list(metrics), path=path,
+                   cbs=[SeenLosses(), *cbs])
+
+
+def quietly(learn, f):
+    with learn.no_bar(), learn.no_logging(): return f(learn)
+
+
+def compare(ours, one, fit):
+    "How far apart weights, losses and metrics of two learners are, one of them trained in all processes"
+    start = numbers_of(one.model)
+    with alone(): quietly(one, fit)
+    with across_processes(ours) as learn:
+        before = dict(learn.across_processes.ranks.calls)
+        quietly(learn, fit)
+        calls = {k: v-before.get(k, 0) for k, v in learn.across_processes.ranks.calls.items()}
+    a, b = numbers_of(ours.model), numbers_of(one.model)
+    rows = [(float(u), float(v)) for p, q in zip(ours.recorder.values, one.recorder.values) for u, v in zip(p, q)]
+    assert len(ours.recorder.values) == len(one.recorder.values)
+    assert len(ours.seen_losses.seen) == len(one.seen_losses.seen)
+    return dict(weights=float((a-b).norm()/(b-start).norm()), moved=float((b-start).norm()),
+                losses=max(abs(u-v) for u, v in zip(ours.seen_losses.seen, one.seen_losses.seen)),
+                metrics=max(abs(u-v) for u, v in rows if v == v), nan=all((u == u) == (v == v) for u, v in rows),
+                schedule=max(map(abs, np.subtract(ours.recorder.lrs, one.recorder.lrs))),
+                updates=len(ours.seen_losses.seen), calls=calls, numbers=a.sum().item())
+
+
+class DrawnMixUp(MixUp):
+    "MixUp of each process's own rows, with draws that one process can repeat; `cut` has one proportion as CutMix"
+    reads_outputs = False
+    def __init__(self, ranks, cut=False):
+        super().__init__(.4)
+        self.drawn, self.cut = {r: torch.Generator().manual_seed(100+r) for r in ranks}, cut
+
+    def before_batch(self):
+        n, k = len(self.y), len(self.drawn)
+        lams, orders, at = [], [], 0
+        for r, g in enumerate(self.drawn.values()):
+            m = n//k + (r < n%k)
+            lam = torch.rand(1 if self.cut else max(m, 1), generator=g, dtype=torch.float64)
+            lams.append(lam.expand(m) if self.cut else lam[:m])
+            orders.append(torch.randperm(m, generator=g)+at)
+            at += m
+        self.lam, order = torch.cat(lams), torch.cat(orders)
+        self.yb1, self.learn.xb = (self.y[order],), (torch.lerp(self.x[order], self.x, self.lam[:, None]),)
+        if self.cut and k == 1: self.lam = self.lam[:1].view(())
+        if not self.stack_y: self.learn.yb = (torch.lerp(self.yb1[0], self.y, self.lam[:, None]),)
+
+
+class MixedCrossEntropy(nn.CrossEntropyLoss): y_int = True
+
+
+def one_hot(y): return F.one_hot(y, 5).double()
+
+
+def pairs(preds, targs):
+    "A loss of all pairs of the batch"
+    return F.cross_entropy(preds, targs) + F.cross_entropy(preds@preds.T/5, torch.arange(len(preds)))
+
+
+class PartlyUsed(nn.Sequential):
+    "Has a part that no item uses, and a frozen one"
+    def forward(self, x): return self[1](self[0](x))
+
+
+def partly_used():
+    model = PartlyUsed(*mlp(), nn.Linear(3, 3).double())
+    model[0][0].weight.requires_grad_(False)
+    return model
+
+
+class Sometimes(nn.Sequential):
+    "Has a part that only some batches use"
+    def forward(self, x):
+        h = self[0](x)
+        return self[1](h) + (self[2](h) if (x[:, 0] > 2.2).any() else 0.)
+
+
+weights = torch.tensor([.1, 5, 1, 2, .5]).double()
+macro_f1 = lambda: [accuracy, F1Score(average='macro')]
+
+# What each case changes; `mixed` is DrawnMixUp
+CASES = dict(
+    plain=dict(n=81), by_gathering=dict(n=83, metrics=macro_f1),
+    one_item_last=dict(n=33), one_item_gathered=dict(n=33, metrics=macro_f1, loss=lambda: pairs),
+    whole_batches=dict(n=81, drop_last=True),
+    missing=dict(y=missing), missing_gathered=dict(y=missing, metrics=lambda: [accuracy]),
+    adam_weights_clip=dict(y=missing, loss=lambda: nn.CrossEntropyLoss(weight=weights, label_smoothing=.1), opt=Adam,
+                           cbs=lambda: [GradientClip(.1)]),
+    unknown_loss=dict(loss=lambda: F.mse_loss, y=one_hot), pairs=dict(loss=lambda: pairs),
+    mixup=dict(loss=MixedCrossEntropy, mixed=dict()), cutmix=dict(loss=MixedCrossEntropy, mixed=dict(cut=True)),
+    mixup_gathered=dict(loss=MixedCrossEntropy, mixed=dict(), train_metrics=True, metrics=lambda: [accuracy]),
+    mixup_numbers=dict(loss=lambda: F.mse_loss, y=one_hot, mixed=dict()),
+    unused_parts=dict(model=partly_used, opt=partial(Adam, wd=.1)), accumulated=dict(n=96, accumulate=2))
+
+
+def cross_entropy(): return F.cross_entropy
+
+
+def run_case(n=81, loss=cross_entropy, mixed=None, metrics=lambda: [], cbs=lambda: [], accumulate=0,
+             train_metrics=False, epochs=4, **changed):
+    "Train one case in all processes and in one"
+    ranks, made = join_processes(60), []
+    for bs, drawn in ((8, [ranks.rank]), (8*ranks.world_size, range(ranks.world_size))):
+        more = [DrawnMixUp(drawn, **mixed)] if mixed is not None else []
+        if accumulate: more.append(GradientAccumulation(8*ranks.world_size*accumulate))
+        made.append(learner(bs, loss, n, cbs=[*cbs(), *more], metrics=metrics(), **changed))
+        made[-1].recorder.train_metrics = train_metrics
+    return compare(*made, lambda l: l.fit_one_cycle(epochs, .05))
+
+
+# --- declared targets -----------------------------------------------------------------------------------------------
+def table_learner(bs, weighting):
+    "Three targets of a synthetic table, whose labels are missing unevenly"
+    seed(3)
+    g, n = np.random.default_rng(0), 81
+    df = pd.DataFrame(dict(a=g.choice([*'xyz'], n), b=g.normal(size=n), c=g.integers(0, 5, n)))
+    df.loc[g.random(n) < .5, 'a'], df.loc[g.random(n) < .3, 'b'] = None, np.nan
+    df.loc[:50, 'a'], df.loc[20:26, 'b'] = None, np.nan
+    targets = Targets(a=CategoryTarget(lambda r: r['a']), b=RegressionTarget(lambda r: r['b']),
+                      c=OrdinalTarget(lambda r: r['c'], vocab=[*range(5)]))
+    inputs = torch.randn(n, 20, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    block = DataBlock(blocks=(TransformBlock(item_tfms=[]), targets.block), get_x=lambda r: inputs[int(r.name)],
+                      get_y=targets.get_y, splitter=IndexSplitter(range(60, 81)))
+    dls = block.dataloaders(df, bs=bs, num_workers=0, device='cpu', drop_last=False)
+    body, head = mlp()[0], nn.Linear(32, dls.targets.n_out)
+    learn = multi_target_learner(dls, body, head=head, weighting=weighting, opt_func=Adam, cbs=SeenLosses())
+    learn.model.double()
+    dls.train.rng = random.Random(1)
+    return learn
+
+
+def run_table(weighting):
+    n = join_processes(60).world_size
+    return compare(table_learner(8, weighting), table_learner(8*n, weighting), lambda l: l.fit_one_cycle(6, .05))
+
+
+def run_sometimes():
+    "A part of the model that only one process may have used, with BatchNorm: no process drifts"
+    def model():
+        torch.manual_seed(2)
+        return Sometimes(*mlp(), nn.Sequential(nn.BatchNorm1d(32), nn.Linear(32, 5)).double())
+    learn = learner(8, cross_entropy, model=model, opt=partial(Adam, wd=.1), drop_last=True)
+    with across_processes(learn) as l: quietly(l, lambda l: l.fit(4))
+    numbers = numbers_of(learn.model)
+    return dict(numbers=numbers.sum().item(), moved=float((numbers-numbers_of(model())).norm()),
+                buffers=[b.double().sum().item() for b in learn.model.buffers()])
+
+
+TABLES = dict(declared='fixed', learned_weights='uncertainty')
+
+
+def run_cases(names):
+    "What `compare` finds, by name of the case"
+    found = {name: run_table(TABLES[name]) if name in TABLES else run_case(**CASES[name]) for name in names}
+    return {**found, 'sometimes': run_sometimes()}
