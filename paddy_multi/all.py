@@ -56,6 +56,7 @@ from .distributed.ranks import *
 from .distributed.shares import *
 from .distributed.parts import *
 from .distributed.preconditions import *
+from .distributed.callback import *
 from .distributed.across import *
 from .train.heads import *
 from .train.watch import *

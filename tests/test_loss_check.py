@@ -16,8 +16,9 @@ from fastai.losses import (BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss
                            LabelSmoothingCrossEntropyFlat)
 from torch import nn
 
-from paddy_multi.accumulate.chunks import chunk_loss, map_tensors
+from paddy_multi.accumulate.chunks import chunk_loss
 from paddy_multi.accumulate.loss_check import check_adds_up, items_to_check
+from paddy_multi.core.nested import map_tensors
 
 # --- data: 52 items, five classes, 8 by 8 pixels ----------------------------------------------------------------------
 N, C = 52, 5

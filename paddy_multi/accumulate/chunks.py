@@ -18,7 +18,7 @@ from fastai.callback.mixup import MixHandler, reduce_loss
 from fastai.losses import BaseLoss
 from torch import Tensor, nn
 
-from ..core.nested import made_of
+from ..core.nested import made_of, map_tensors
 from ..core.tensors import plain
 from ..kinds.losses import with_reduction
 from ..targets.slices import CombinedLoss
@@ -86,16 +86,6 @@ def _outside_lists(o):
 def _same_length(o):
     "Is the list `o` of tensors that are equally long?"
     return all(isinstance(each, Tensor) and each.ndim for each in o) and len(set(map(len, o))) == 1
-
-# %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #k105
-def map_tensors(
-    f:Callable, # From a tensor to what takes its place
-    o, # Tensors in any nesting
-):
-    "`o` with `f` of every tensor in it; containers keep their kind, and whatever else is in them"
-    contents,like = made_of(o)
-    if contents is None: return f(o) if isinstance(o, Tensor) else o
-    return like([map_tensors(f, v) for v in contents])
 
 # %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #c018
 def chunk_loss(

@@ -21,8 +21,8 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .chunks import item_counter, map_tensors
-from ..core.nested import is_list, made_of
+from .chunks import item_counter
+from ..core.nested import is_list, made_of, map_tensors
 from ..core.tensors import plain, restore_buffers
 
 # %% ../../nbs/paddy_multi/accumulate/02_loss_check.ipynb #n011

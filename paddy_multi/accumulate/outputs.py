@@ -12,9 +12,8 @@ from torch import nn
 from torch.distributions import Distribution
 
 from .batches import check_output, cut, even_chunks, joined
-from .chunks import map_tensors
 from .loss_check import items_to_check
-from ..core.nested import found, made_of, tensors_in
+from ..core.nested import found, made_of, map_tensors, tensors_in
 
 # %% ../../nbs/paddy_multi/accumulate/06_outputs.ipynb #n007
 without_outputs = dict(

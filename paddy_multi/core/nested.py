@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/paddy_multi/core/13_nested.ipynb #n003
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import fields, is_dataclass
 from functools import partial
@@ -86,6 +86,16 @@ def copied(
     if isinstance(o, Tensor): return o.detach().to(device or o.device, copy=True)
     contents,like = made_of(o)
     return o if contents is None else like([copied(v, device) for v in contents])
+
+# %% ../../nbs/paddy_multi/core/13_nested.ipynb #n0m1
+def map_tensors(
+    f:Callable, # From a tensor to what takes its place
+    o, # Tensors in any nesting
+):
+    "`o` with `f` of every tensor in it; containers keep their kind, and whatever else is in them"
+    contents,like = made_of(o)
+    if contents is None: return f(o) if isinstance(o, Tensor) else o
+    return like([map_tensors(f, v) for v in contents])
 
 # %% ../../nbs/paddy_multi/core/13_nested.ipynb #n014
 def lengths(

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..core.nested import found, tensors_in
+from ..core.nested import found, map_tensors, tensors_in
 from ..core.tensors import plain
 from .meeting import Meeting
 
@@ -135,7 +135,6 @@ def gather(self:Ranks,
     sizes:list, # Rows of each process; one without any gives a row that is left out
 ): # The same with the rows of all processes, in order
     "All rows, the own ones with their graph; `ValueError` for rows that cannot be told or joined"
-    from paddy_multi.accumulate.chunks import map_tensors  # of a room that needs fastai, as a meeting does not
     tensors,rows = tensors_in(o),max(1, sizes[self.rank])
     if not all(t.ndim and len(t) == rows and t.layout == torch.strided for t in tensors):
         raise ValueError(f'{what}: expected tensors with the {rows} items of this process along the first dimension, '
