@@ -21,7 +21,7 @@ from fastcore.basics import noop
 from ..core.tensors import replaced
 from .callback import AcrossProcesses, of_one
 from .preconditions import check_learner, check_same, warn_of_batchnorm
-from .ranks import join_processes
+from .ranks import is_sharded, join_processes
 from .shares import ShareDL
 
 # %% ../../nbs/paddy_multi/distributed/07_across.ipynb #n028
@@ -89,7 +89,7 @@ def across_processes(
         yield learn
         return
     with ExitStack() as stack:
-        stack.enter_context(ranks.together())
+        stack.enter_context(ranks.together(held=not is_sharded(learn.model)))
         check_learner(learn)
         check_same(learn, ranks)
         _to_own_device(learn)

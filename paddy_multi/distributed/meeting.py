@@ -8,12 +8,13 @@ __all__ = ['ProcessFailed']
 # %% ../../nbs/paddy_multi/distributed/01_meeting.ipynb #n003
 import os
 import platform
+import re
 import signal
 import sys
 import threading
 import time
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -149,15 +150,18 @@ def _lost(self:Meeting, what, error):
 # %% ../../nbs/paddy_multi/distributed/01_meeting.ipynb #n025
 @patch
 @contextmanager
-def together(self:Meeting):
+def together(self:Meeting,
+    held:bool=True, # Is nothing exchanged without a meeting? Else one that fails does not wait for the others
+):
     "Errors and signals in here reach all processes at their next meeting, and the block ends on all at once"
     self.all_know = False
-    with listening(self.told):
+    with listening(self.told) if held else nullcontext():
         try:
             yield self
             self.meet('leave')
         except BaseException as e:
-            self._tell(e)
+            if held: self._tell(e)
+            else: self._leave(e)
             raise
 
 @patch
@@ -165,3 +169,11 @@ def _tell(self:Meeting, error):
     if self.all_know: return
     self.why = f'{type(error).__name__}: {error}'
     with suppress(ProcessFailed): self._meet('error', 0, _failed)
+
+@patch
+def _leave(self:Meeting, error):
+    "Say what has failed here, or who is gone where an exchange broke off without a meeting"
+    if self.all_know: return
+    self.all_know,text = True,f'{type(error).__name__}: {error}'
+    if isinstance(error, RuntimeError) and re.search('gloo|NCCL|ProcessGroup', text): self._lost('an exchange', error)
+    print(f'process {self.rank} stopped: {text}', file=sys.stderr, flush=True)

@@ -44,6 +44,19 @@ class Ranks(Meeting):
         self.calls[kind] += 1
         self.bytes[kind] += t.numel()*t.element_size()
 
+# %% ../../nbs/paddy_multi/distributed/02_ranks.ipynb #h011
+def is_shard(
+    t:Tensor, # A parameter, or any tensor
+)->bool:
+    "Does this process hold a part of it, as a `DTensor`?"
+    return hasattr(t, 'device_mesh')
+
+def is_sharded(
+    model, # A model
+)->bool:
+    "Does a process hold only parts of some parameters?"
+    return any(map(is_shard, model.parameters()))
+
 # %% ../../nbs/paddy_multi/distributed/02_ranks.ipynb #n011
 @patch
 def same(self:Ranks,
@@ -90,10 +103,10 @@ def broadcast_to(self:Ranks,
     what:str, # Where in the program
     tensors:list, # Tensors of the same shapes in all processes
 ):
-    "Write the values of process 0 into `tensors`"
+    "Write the values of process 0 into `tensors`; not into parts of them"
     self.meet(what)
     with torch.no_grad(), self.exchange(what):
-        for t in map(plain, tensors):
+        for t in [plain(t) for t in tensors if not is_shard(t)]:
             whole = t.detach().contiguous()
             self.count('broadcast', whole)
             dist.broadcast(whole, 0, group=self.group_of(whole))
@@ -175,8 +188,8 @@ def average_gradients(self:Ranks,
     params:list, # Parameters, the same in all processes
     bucket_mb:float=25, # Megabytes that are exchanged at a time
 ):
-    "The mean of the gradients over the processes, in place; `TypeError` for sparse ones"
-    params = [p for p in params if p.requires_grad]
+    "The mean of the gradients over the processes, in place; `TypeError` for sparse ones. Parts average themselves"
+    params = [p for p in params if p.requires_grad and not is_shard(p)]
     if any(p.grad is not None and p.grad.layout != torch.strided for p in params):
         raise TypeError('expected dense gradients, found sparse ones, which cannot be averaged over processes: '
                         'use nn.Embedding(..., sparse=False)')
