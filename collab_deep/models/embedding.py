@@ -42,31 +42,39 @@ def _integers(idx):
     return idx.long()
 
 # %% ../../nbs/collab_deep/models/00_embedding.ipynb #c016
-def _not_in_table(idx, n):
+def not_in_table(
+    idx:Tensor, # Ids, of which one at least is not in the table
+    n:int, # Rows of the table
+)->str:
     "Which id of `idx` has no row in a table of `n`"
     first = idx[(idx < 0) | (idx >= n)][0].item()
     why = 'negative ids do not count from the end' if first < 0 else 'was the table made for fewer ids?'
     return f'id {first} is not in a table of {n} rows, which holds 0 to {n-1}: {why}'
 
 # %% ../../nbs/collab_deep/models/00_embedding.ipynb #c019
-class Embedding(nn.Module):
+class Embedding(nn.Embedding):
     "A learned table of `n` rows and `n_factors` columns, read by id: `weight[idx]` without wrapping negative ids"
+    # Of `nn.Embedding`, which tables that were pickled by version 0.1 do not have
+    padding_idx,max_norm,norm_type,scale_grad_by_freq,sparse = None,None,2.,False,False
+
     def __init__(self,
         n:int, # Rows: the number of different ids, which are 0 to n-1
         n_factors:int, # Columns: the numbers learned for each id
         std:float=.01, # Standard deviation of the normal start, as in fastbook chapter 8; 0 starts at zero
     ):
-        super().__init__()
         _check_size('n', n, 'number of rows')
         _check_size('n_factors', n_factors, 'number of columns')
         check_std(std)
-        self.weight = nn.Parameter(torch.empty(n, n_factors).normal_(0, std))
+        self.std = std
+        super().__init__(n, n_factors)
+
+    def reset_parameters(self): nn.init.normal_(self.weight, 0, self.std)
 
     def forward(self,
         idx:Tensor, # Ids of any shape [...] and any integer type
     )->Tensor: # Their rows, [..., n_factors]; IndexError if an id is not in the table
         idx = _integers(idx)
-        try: return F.embedding(idx, self.weight)
-        except IndexError: raise IndexError(_not_in_table(idx, len(self.weight))) from None
+        try: return super().forward(idx)
+        except IndexError: raise IndexError(not_in_table(idx, len(self.weight))) from None
 
     def extra_repr(self): return '{}, {}'.format(*self.weight.shape)
