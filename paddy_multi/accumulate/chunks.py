@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.mixup import MixHandler, reduce_loss
 from fastai.losses import BaseLoss
+from fastcore.basics import noop
 from torch import Tensor, nn
 
 from ..core.nested import made_of, map_tensors
@@ -59,9 +60,9 @@ def _is_cross_entropy(loss):
     return inner in (F.cross_entropy, F.nll_loss) or type(inner) in (nn.CrossEntropyLoss, nn.NLLLoss)
 
 def _by_label(loss, targ):
-    "Parts of a cross-entropy: sums over a chunk, divided by what the labels of the whole batch count"
-    count,summed = label_count(loss, targ),with_reduction(loss, 'sum')
-    return lambda preds, targ: summed(preds, targ)/count
+    "What the labels of a cross-entropy count, and its parts by that of the whole batch: sums over a chunk"
+    summed = with_reduction(loss, 'sum')
+    return [label_count(loss, targ)], lambda total: lambda preds, targ: summed(preds, targ)/total
 
 # %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #k103
 def item_counter(
@@ -92,15 +93,20 @@ def chunk_loss(
     loss, # Loss function of `(preds, *targs)`
     *targs, # Targets of the whole batch: tensors, or dicts, tuples and lists of them
     count:Callable=None, # Number of items, from targets; that of their tensors if not given
+    total:Callable=noop, # From a list of what `targs` count, items as int and labels as tensors, to that of the batch
 )->Callable: # Function of `(preds, *targs)` of a chunk
     "A function that gives each chunk's part of `loss` over the whole batch: the parts add up to it"
-    reduction,count = _reduction(loss),count or item_counter(*targs)
+    counts,part_by = _counted(loss, targs, count or item_counter(*targs))
+    return part_by(*total(counts))
+
+def _counted(loss, targs, count):
+    "A list of what `loss` counts in `targs`, and a function that makes its parts from what the whole batch counts"
+    reduction = _reduction(loss)
     if hasattr(loss, 'parts'): return _by_parts(loss, targs, count)
-    if reduction == 'sum': return loss
+    if reduction == 'sum': return [], lambda: loss
     if _is_combined(loss): return _by_target(loss, targs)
     if _is_cross_entropy(loss): return _by_label(loss, targs[0])
-    n = count(*targs)
-    return lambda preds, *targs: loss(preds, *targs)*(count(*targs)/n)
+    return [count(*targs)], lambda n: lambda preds, *targs: loss(preds, *targs)*(count(*targs)/n)
 
 def _is_combined(loss): return isinstance(loss, CombinedLoss) and type(loss).forward is CombinedLoss.forward
 
@@ -113,19 +119,21 @@ def _reduction(loss):
 
 # %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #c022
 def _by_target(loss, targs):
-    "Parts of a `CombinedLoss`, every target weighed by itself"
-    mine = copy(loss)
-    mine.losses = dict(loss.losses)
-    for (name, one),targ in zip(loss.losses.items(), targs):
-        if not one: continue
-        mine.losses[name] = copy(one)
-        mine.losses[name].loss = chunk_loss(one.loss, plain(targ))
-    return mine
+    "Counts and parts of a `CombinedLoss`, every target weighed by itself"
+    targs = {name: plain(targ) for (name, one),targ in zip(loss.losses.items(), targs) if one}
+    found = {name: _counted(loss.losses[name].loss, (o,), item_counter(o)) for name,o in targs.items()}
+    def part_by(*totals):
+        mine,totals = copy(loss),iter(totals)
+        mine.losses = dict(loss.losses)
+        for name,(counts,part_by) in found.items():
+            mine.losses[name] = copy(loss.losses[name])
+            mine.losses[name].loss = part_by(*islice(totals, len(counts)))
+        return mine
+    return [o for counts,_ in found.values() for o in counts], part_by
 
 # %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #c025
 def _counts(loss, targs, preds, n, m):
     "What the labels of `n` items count for every target, `m` at a time; as it does not depend on the output, zeros do"
-    if hasattr(loss, 'counts'): return loss.counts(*targs)
     if not all(isinstance(o, Tensor) and o.ndim for o in targs): m = n
     pieces = zip(*(o.split(m) for o in targs)) if m < n else [targs]
     with torch.no_grad(): return sum(_counts_of(loss, min(m, n-i*m), preds, o) for i,o in enumerate(pieces))
@@ -137,18 +145,20 @@ def _counts_of(loss, n, preds, targs):
 def _penalty(loss): return loss.penalty() if hasattr(loss, 'penalty') else 0.
 
 def _by_parts(loss, targs, count):
-    "Parts of a loss with `parts`: sums by counts of the whole batch, and a share of what belongs to no item"
-    n,counts = count(*targs),None
-    def part(preds, *chunk):
-        nonlocal counts
-        m = count(*chunk)
-        if counts is None: counts = _counts(loss, targs, preds, n, m)
-        sums = loss.parts(preds, *chunk)[0]
-        if _reduction(loss) == 'mean':
-            sums = torch.where(counts > 0, sums/counts.where(counts > 0, 1), 0.)
-        weights = torch.as_tensor(getattr(loss, 'weights', 1.)).to(sums)
-        return (sums*weights).sum() + _penalty(loss)*(m/n)
-    return part
+    "Counts and parts of a loss with `parts`: sums by counts, and a share of what belongs to no item"
+    def part_by(n, counts=None):
+        def part(preds, *chunk):
+            nonlocal counts
+            m = count(*chunk)
+            if counts is None: counts = _counts(loss, targs, preds, n, m)
+            sums = loss.parts(preds, *chunk)[0]
+            if _reduction(loss) == 'mean':
+                sums = torch.where(counts > 0, sums/counts.where(counts > 0, 1), 0.)
+            weights = torch.as_tensor(getattr(loss, 'weights', 1.)).to(sums)
+            return (sums*weights).sum() + _penalty(loss)*(m/n)
+        return part
+    known = [loss.counts(*targs)] if hasattr(loss, 'counts') else []  # else an output tells, that of the first chunk
+    return [count(*targs), *known], part_by
 
 # %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #c029
 class _WholeCounts:
@@ -158,14 +168,16 @@ class _WholeCounts:
     def __call__(self, preds, *targs): return self.loss(preds, *targs, reduction='none', counts=self.counts)
 
 def _mixed(mix, targs, count):
-    "Parts of a loss that `mix`, a fastai `MixUp` or `CutMix`, computes from its own labels and proportions"
-    n,loss,reduction = count(*targs),mix.old_lf,_reduction(mix.old_lf)
+    "Counts and parts of a loss that `mix`, a fastai `MixUp` or `CutMix`, computes from its own labels and proportions"
+    loss,reduction = mix.old_lf,_reduction(mix.old_lf)
     if hasattr(loss, 'counts'): return _mixed_parts(mix, targs, count)
     by_item = with_reduction(loss, 'none') if hasattr(loss, 'reduction') else loss
-    def part(preds, *targs):
-        total = reduce_loss(_mixing(mix, by_item)(preds, *targs), reduction)
-        return total if reduction == 'sum' else total*(count(*targs)/n)
-    return part
+    def part_by(n):
+        def part(preds, *targs):
+            total = reduce_loss(_mixing(mix, by_item)(preds, *targs), reduction)
+            return total if reduction == 'sum' else total*(count(*targs)/n)
+        return part
+    return [count(*targs)], part_by
 
 def _mixing(mix, loss):
     "What `mix` computes from `loss`: by a copy of it, which is of no other learner"
@@ -175,28 +187,51 @@ def _mixing(mix, loss):
 
 def _mixed_parts(mix, targs, count):
     "The same for a loss with `counts`"
-    n,loss = count(*targs),mix.old_lf
-    counted,scale = _WholeCounts(loss, loss.counts(*targs)),n if _reduction(loss) == 'sum' else 1
-    def part(preds, *targs):
-        mixed = _mixing(mix, counted)(preds, *targs)
-        return scale*(mixed - _penalty(loss)*(1-count(*targs)/n))
-    return part
+    loss = mix.old_lf
+    def part_by(n, counts):
+        counted,scale = _WholeCounts(loss, counts),n if _reduction(loss) == 'sum' else 1
+        def part(preds, *targs):
+            mixed = _mixing(mix, counted)(preds, *targs)
+            return scale*(mixed - _penalty(loss)*(1-count(*targs)/n))
+        return part
+    return [count(*targs), loss.counts(*targs)], part_by
+
+# %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #dn02
+def known_to_add_up(
+    learn, # `Learner` with a batch
+)->bool:
+    "Whether the loss is known to be the sum of its chunks' parts"
+    return _mix_of(learn) is not None or _adds_up(learn.loss_func)
+
+def _adds_up(loss):
+    if _is_combined(loss): return all(_adds_up(one.loss) for one in loss.losses.values() if one)
+    return hasattr(loss, 'parts') or _is_cross_entropy(loss)
+
+def counts_by_targets(
+    learn, # `Learner` with a batch
+)->bool:
+    "Whether what the loss counts can be told from targets, without an output"
+    return _mix_of(learn) is not None or _counts_by_targets(learn.loss_func)
+
+def _counts_by_targets(loss):
+    if _is_combined(loss): return all(_counts_by_targets(one.loss) for one in loss.losses.values() if one)
+    return hasattr(loss, 'counts') or not hasattr(loss, 'parts')
+
+def _mix_of(learn):
+    "The callback that mixes labels, None for none, and in validation, whose batches fastai does not mix"
+    mixes = getattr(learn, 'training', True)
+    return next((cb for cb in learn.cbs if mixes and isinstance(cb, MixHandler) and cb.stack_y), None)
 
 # %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #c033
 def learner_chunk_loss(
     learn, # `Learner` that holds the whole batch
     count:Callable=None, # Number of items, from targets; that of targets and inputs in `learn` if not given
+    total:Callable=noop, # From what its batch counts to what the whole one does, as for `chunk_loss`
 )->tuple: # The function of `chunk_loss`, and whether the loss is known to add up
     "`chunk_loss` for the loss and the batch of `learn`, mixed labels included"
     if count is None:
         with_inputs = item_counter(*learn.yb, learn.xb)
         def count(*targs): return with_inputs(*targs, learn.xb)
-    mixes = getattr(learn, 'training', True)  # fastai mixes no batch of validation
-    mix = next((cb for cb in learn.cbs if mixes and isinstance(cb, MixHandler) and cb.stack_y), None)
-    if mix is not None: return _mixed(mix, learn.yb, count), True
-    return chunk_loss(learn.loss_func, *learn.yb, count=count), _adds_up(learn.loss_func)
-
-def _adds_up(loss):
-    "Whether `loss` is known to be the sum of its chunks' parts; any other has to be compared"
-    if _is_combined(loss): return all(_adds_up(one.loss) for one in loss.losses.values() if one)
-    return hasattr(loss, 'parts') or _is_cross_entropy(loss)
+    mix = _mix_of(learn)
+    counts,part_by = _mixed(mix, learn.yb, count) if mix else _counted(learn.loss_func, learn.yb, count)
+    return part_by(*total(counts)), known_to_add_up(learn)

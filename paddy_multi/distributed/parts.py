@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 import torch
 from fastai.learner import AvgLoss
+from fastcore.basics import noop
 from torch import Tensor
 
-from ..accumulate.chunks import learner_chunk_loss
+from ..accumulate.chunks import counts_by_targets, known_to_add_up, learner_chunk_loss
 from ..accumulate.outputs import keeps_outputs
 from ..core.nested import tensors_in
 from ..core.tensors import plain, replaced
@@ -20,23 +21,57 @@ from .ranks import Counted, Ranks
 from ..targets.metrics import TargetMean, TotalLoss
 
 # %% ../../nbs/paddy_multi/distributed/04_parts.ipynb #n006
+def sums_over(
+    ranks:Ranks, # The processes
+    what:str, # Where in the program
+    tensors:list, # Numbers of this process, in tensors of the same shapes in all of them
+)->list: # The sums over all, in float64
+    "Add up several tensors in one exchange"
+    if not tensors: return []
+    device = next((t.device for t in tensors if t.is_cuda), 'cpu')
+    own = torch.cat([plain(t).detach().to(device, torch.float64).reshape(-1) for t in tensors])
+    sums = ranks.sum(what, own).split([t.numel() for t in tensors])
+    return [new.view(t.shape).to(t.device) for t,new in zip(tensors, sums)]
+
+# %% ../../nbs/paddy_multi/distributed/04_parts.ipynb #n009
+def part_over(
+    learn, # `Learner` with the own rows of a batch
+    ranks:Ranks, # The processes that hold the others
+    sizes:list, # Rows of each process
+    count:Callable=None, # Number of items, from targets, as for `learner_chunk_loss`
+)->tuple: # The function of `chunk_loss` for the own rows or chunks of them, and whether the loss is known to add up
+    "A function that gives parts of the loss over the rows of all processes; what it needs of them is exchanged here"
+    if counts_by_targets(learn): yb,labels = learn.yb,lambda own: _labels_over(ranks, sizes, own)
+    else: yb,labels = ranks.gather('targets', learn.yb, sizes),noop
+    def total(counts):
+        found = iter(labels([o for o in counts if isinstance(o, Tensor)]))
+        return [next(found) if isinstance(o, Tensor) else sum(sizes) for o in counts]
+    with replaced(learn, 'yb', yb): part,known = learner_chunk_loss(learn, count, total)
+    return (part if sizes[ranks.rank] else lambda preds, *targs: nothing_of(preds)), known
+
+def _labels_over(ranks, sizes, own):
+    "What labels count in all processes, in no less than float32: half precision would not hold it"
+    if not sizes[ranks.rank]: own = [torch.zeros_like(o) for o in own]  # of a row that stands for none
+    precise = [o.float() if o.dtype in (torch.float16, torch.bfloat16) else o for o in own]
+    return [new.to(o.dtype) for o,new in zip(precise, sums_over(ranks, 'counts', own))]
+
 def nothing_of(
     preds, # Output, in any nesting
 )->Tensor: # 0, with the graph of the output
     "The part of a process without rows"
     return sum(plain(t)[:0].sum() for t in tensors_in(preds) if t.ndim and t.is_floating_point())
 
+# %% ../../nbs/paddy_multi/distributed/04_parts.ipynb #n010d
 def part_of_loss(
     learn, # `Learner` with the own rows of a batch
     ranks:Ranks, # The processes that hold the others
     sizes:list, # Rows of each process
 )->Callable: # Loss function of the own output and targets, which gives the loss of the whole batch
     "The loss over the rows of all processes, with the gradient of the own ones"
-    whole,shown,own = ranks.gather('targets', learn.yb, sizes),sum(sizes),sizes[ranks.rank]
-    with replaced(learn, 'yb', whole): part,_ = learner_chunk_loss(learn, count=lambda *targs: shown)
-    shown = own
+    own = sizes[ranks.rank]
+    part,_ = part_over(learn, ranks, sizes, count=lambda *targs: own)
     def loss(preds, *targs):
-        mine = part(preds, *targs) if own else nothing_of(preds)
+        mine = part(preds, *targs)
         total = ranks.sum('loss', mine.double())
         return Counted.apply(mine, total.to(mine.dtype), ranks.world_size)
     return loss
@@ -59,7 +94,7 @@ def goes_by_parts(
     "Can the processes do without each other's outputs?"
     if not len(learn.yb) or keeps_outputs(learn): return False
     if not learn.training and sums_of(learn.metrics) is None: return False
-    return learner_chunk_loss(learn, count=lambda *targs: 1)[1]
+    return known_to_add_up(learn)
 
 # %% ../../nbs/paddy_multi/distributed/04_parts.ipynb #n016
 def add_up(
@@ -68,8 +103,5 @@ def add_up(
 ):
     "Let `sums` over the own rows be those over the rows of all processes"
     sums = [(o, name) for o,names in sums for name in names if getattr(o, name) is not None]
-    if not sums: return
-    own = [torch.as_tensor(getattr(o, name)) for o,name in sums]
-    total = ranks.sum('metrics', torch.cat([t.detach().double().reshape(-1).cpu() for t in own]))
-    for (o,name),t,new in zip(sums, own, total.split([t.numel() for t in own])):
-        setattr(o, name, new.view(t.shape).to(t.device))
+    totals = sums_over(ranks, 'metrics', [torch.as_tensor(getattr(o, name)) for o,name in sums])
+    for (o,name),total in zip(sums, totals): setattr(o, name, total)
