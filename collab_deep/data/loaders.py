@@ -6,6 +6,7 @@
 __all__ = ['RatingsDataset', 'RatingsDL', 'RatingsDataLoaders']
 
 # %% ../../nbs/collab_deep/data/03_loaders.ipynb #c003
+import zlib
 from functools import cached_property
 
 import numpy as np
@@ -61,6 +62,15 @@ def decode(self:RatingsDataset,
     (user,item),*y = o
     return ((self.classes[self.user][int(user)], self.classes[self.item][int(item)]), *y)
 
+# %% ../../nbs/collab_deep/data/03_loaders.ipynb #l0045
+@patch(as_prop=True)
+def digest(self:RatingsDataset)->int:
+    "A checksum of ratings and ids, the same in processes that hold the same"
+    text = repr([list(o) for o in self.vocab.classes.values()]).encode()
+    parts = [o.cpu().contiguous().numpy() for o in (self.x, self.y) if o is not None]
+    for o in parts: text += zlib.crc32(o).to_bytes(4)
+    return zlib.crc32(text)
+
 # %% ../../nbs/collab_deep/data/03_loaders.ipynb #l005
 class RatingsDL(TfmdDL):
     "Batches of a `RatingsDataset`: long pairs [bs, 2] and float ratings [bs]"
@@ -78,13 +88,27 @@ class RatingsDL(TfmdDL):
 
     def get_idxs(self): return torch.randperm(self.n) if self.shuffle else torch.arange(self.n)
 
-    def __iter__(self):
+    def batch_sizes(self,
+        n:int, # Ratings of an epoch
+        bs:int, # Ratings in a batch, at most
+    )->list: # Ratings in each batch: as even as can be
+        "How an epoch is cut"
+        k = n//bs if self.drop_last else -(-n//bs)
+        n = min(n, k*bs)
+        return [n//k + (i < n%k) for i in range(k)]
+
+    def batches_of(self,
+        numbers, # Of ratings, long [bs] for each batch
+    ): # Yields batches
+        "The batches of these ratings"
         ds = self.dataset.to(self.device)
-        order = torch.as_tensor(self.get_idxs()).to(ds.x.device)
-        if len(self) == 0: return
-        for idx in order[:len(self)*self.bs].tensor_split(len(self)):
-            batch = ds[idx]
+        for idx in numbers:
+            batch = ds[idx.to(ds.x.device)]
             yield self.after_batch(batch) if self.after_batch.fs else batch
+
+    def __iter__(self):
+        order,sizes = torch.as_tensor(self.get_idxs()),self.batch_sizes(self.n, self.bs)
+        return self.batches_of(order[:sum(sizes)].split(sizes) if sizes else ())
 
 # %% ../../nbs/collab_deep/data/03_loaders.ipynb #l007
 @patch

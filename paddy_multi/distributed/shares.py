@@ -6,12 +6,12 @@
 __all__ = []
 
 # %% ../../nbs/paddy_multi/distributed/03_shares.ipynb #n003
-import math
-from itertools import chain
+from itertools import accumulate, chain
 
 from fastai.data.load import DataLoader
 from fastai.torch_core import find_bs, get_random_states, set_random_states
 from fastcore.basics import GetAttr, patch
+from torch import Tensor
 
 from .ranks import Ranks
 
@@ -25,20 +25,22 @@ class ShareDL(GetAttr):
     ):
         _check_loader(dl)
         self.dl,self.ranks,self.step = dl,ranks,dl.bs*ranks.world_size
-        self.total = self._counted(_number_of_items(dl))
-        if dl.n and not self.total:
+        self._cut(_number_of_items(dl))
+        if dl.n and not self.lengths:
             raise ValueError(f'{dl.n} items give no whole batch of {self.step}, {dl.bs} for each of '
                              f'{ranks.world_size} processes: use a smaller bs, or drop_last=False')
 
-    def _counted(self, n): return n - n%self.step if self.dl.drop_last else n
-    def __len__(self): return math.ceil(self.total/self.step)
+    def _cut(self, n):
+        if makes_batches(self.dl): self.lengths = self.dl.batch_sizes(n, self.step)
+        else: self.lengths = [self.step]*(n//self.step) + [n%self.step]*(n%self.step > 0 and not self.dl.drop_last)
+
+    def __len__(self): return len(self.lengths)
 
     def sizes(self,
         i:int, # Number of the batch
     )->list: # Items of it that each process has
         "How batch `i` is cut"
-        n = self.ranks.world_size
-        m = min(self.step, self.total-i*self.step)
+        m,n = self.lengths[i],self.ranks.world_size
         return [m//n + (r < m%n) for r in range(n)]
 
 # %% ../../nbs/paddy_multi/distributed/03_shares.ipynb #n007
@@ -50,9 +52,15 @@ def _check_loader(dl):
     if dl.bs is None or dl.n is None or not dl.indexed:
         raise ValueError('several processes can share a loader with a batch size, a length and a dataset with an '
                          f'index; found {type(dl).__name__} with bs={dl.bs}, n={dl.n}, indexed={dl.indexed}')
-    if type(dl).__iter__ is not DataLoader.__iter__:
+    if type(dl).__iter__ is not DataLoader.__iter__ and not makes_batches(dl):
         raise ValueError(f'{type(dl).__name__} makes its batches in an __iter__ of its own, which several processes '
-                         'cannot share: train in one process')
+                         'cannot share: give it batch_sizes(n, bs) and batches_of(numbers), or train in one process')
+
+def makes_batches(
+    dl, # A loader
+)->bool:
+    "Does it say how an epoch of `n` items is cut, `batch_sizes`, and give the batches of some numbers, `batches_of`?"
+    return hasattr(dl, 'batch_sizes') and hasattr(dl, 'batches_of')
 
 def _number_of_items(dl):
     "How many items an epoch of `dl` has; where it draws them, the state of all that it draws from is kept"
@@ -66,34 +74,46 @@ def _number_of_items(dl):
 # %% ../../nbs/paddy_multi/distributed/03_shares.ipynb #n016
 @patch
 def _own_items(self:ShareDL, idxs):
-    "Of the order that process 0 has, the items of this process, at least one of each batch"
-    order = self.ranks.broadcast('order of items', list(idxs) if self.ranks.rank == 0 else None)
-    if isinstance(idxs, list): idxs[:] = order  # `get_preds` puts predictions back in order by it
-    self.total,own,rank = self._counted(len(order)),[],self.ranks.rank
-    for i in range(len(self)):
+    "Of the order that process 0 has, the items of this process in each batch, at least one"
+    rank,in_place = self.ranks.rank,isinstance(idxs, (list, Tensor))
+    order = self.ranks.broadcast('order of items', (idxs if in_place else list(idxs)) if rank == 0 else None)
+    if in_place: idxs[:] = order  # `get_preds` puts predictions back in order by it
+    self._cut(len(order))
+    starts,own = accumulate(self.lengths, initial=0),[]
+    for i,start in zip(range(len(self)), starts):
         sizes = self.sizes(i)
-        start = i*self.step + sum(sizes[:rank])
-        own += order[start:start+sizes[rank]] or [order[i*self.step]]
+        first = start + sum(sizes[:rank]) if sizes[rank] else start
+        own.append(order[first:first+max(1, sizes[rank])])
     return own
 
 # %% ../../nbs/paddy_multi/distributed/03_shares.ipynb #n017
 @patch
-def __iter__(self:ShareDL):
-    "Batches of the own items"
+def _in_own_order(self:ShareDL):
+    "Batches of a loader that is given another order"
     dl = self.dl
     drawn,batches = dl.get_idxs,iter(dl)
     had = vars(dl).get('get_idxs')
     try:
-        dl.get_idxs = lambda: self._own_items(drawn())
+        dl.get_idxs = lambda: [*chain.from_iterable(self._own_items(drawn()))]
         first = next(batches, None)  # at which it asks for the order
     finally:
         if had is None: del dl.get_idxs
         else: dl.get_idxs = had
-    n = 0
-    for n,batch in enumerate(() if first is None else chain([first], batches), 1):
+    return () if first is None else chain([first], batches)
+
+# %% ../../nbs/paddy_multi/distributed/03_shares.ipynb #n0171
+@patch
+def __iter__(self:ShareDL):
+    "Batches of the own items"
+    dl,n = self.dl,0
+    if hasattr(dl.dataset, 'digest'): self.ranks.same('the items of a loader', dl.dataset.digest, same_items)
+    batches = dl.batches_of(self._own_items(dl.get_idxs())) if makes_batches(dl) else self._in_own_order()
+    for n,batch in enumerate(batches, 1):
         self._check_size(n-1, find_bs(batch))
         yield batch
     if n < len(self): self._check_size(n, 0)
+
+same_items = 'Build the data alike in all of them, with a fixed seed for a random split'
 
 # %% ../../nbs/paddy_multi/distributed/03_shares.ipynb #n018
 @patch
