@@ -57,7 +57,11 @@ from .distributed.shares import *
 from .distributed.parts import *
 from .distributed.preconditions import *
 from .distributed.callback import *
+from .distributed.ddp import *
 from .distributed.across import *
+from .distributed.sharded import *
+from .distributed.checkpoints import *
+from .distributed.agent import *
 from .train.heads import *
 from .train.watch import *
 from .train.learner import *
@@ -69,3 +73,5 @@ from .use.predict import *
 from .use.ensemble import *
 from .use.interpret import *
 from .use.report import *
+from .use.csv_parts import *
+from .use.many_files import *

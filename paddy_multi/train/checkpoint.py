@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastai.optimizer import Optimizer
-from fastai.torch_core import get_model, to_device
+from fastai.torch_core import get_model, rank_distrib, set_seed, to_device
 from fastcore.foundation import L
 
 from ..core.files import written_whole
@@ -58,6 +58,8 @@ def _check_parts(state):
         raise ValueError(f'{state["done"]} epochs with results of epochs {epochs}')
     others = {type(o).__name__ for row in state['rows'] for o in row.values()} - {'int', 'float'}
     if others: raise ValueError(f'results are numbers, found {sorted(others)}')
+    if not all(isinstance(o, dict) for o in state['random'].get('others', [])):
+        raise ValueError('what other processes have drawn is no list of states')
 
 def read_checkpoint(
     file:str|Path, # File that `write_checkpoint` wrote
@@ -89,20 +91,54 @@ def random_state(
     "The state of all that draws random numbers in training"
     kind,numbers,*rest = np.random.get_state()
     return dict(python=random.getstate(), numpy=(kind, numbers.tolist(), *rest), torch=torch.get_rng_state(),
-                cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                cuda=[torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
                 loaders=[dl.rng.getstate() for dl in dls.loaders])
 
 def restore_random(
     dls, # `DataLoaders` like those that the state is of
     state:dict, # As `random_state` gave it
 ):
-    "Go on drawing where `state` was taken; GPUs only where there are as many as there were"
+    "Go on drawing where `state` was taken; a GPU only where there was one"
     random.setstate(state['python'])
     np.random.set_state(state['numpy'])
     torch.set_rng_state(state['torch'])
-    if torch.cuda.is_available() and len(state['cuda']) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state['cuda'])
+    if torch.cuda.is_available() and state['cuda']: torch.cuda.set_rng_state(state['cuda'][0])
     for dl, inner in zip(dls.loaders, state['loaders'], strict=True): dl.rng.setstate(inner)
+
+# %% ../../nbs/paddy_multi/train/03_checkpoint.ipynb #p001
+def ranks_of(
+    learn, # A learner, maybe in `across_processes`
+): # `Ranks`, None in one process
+    "The processes that train together"
+    return getattr(getattr(learn, 'across_processes', None), 'ranks', None)
+
+def random_of_all(
+    learn, # A learner; its data loaders are those of this process
+)->dict: # As `random_state` gives it in process 0, and a list of `others`
+    "What draws random numbers in all processes, which meet for it"
+    ranks,own = ranks_of(learn),random_state(learn.dls)
+    if ranks is None: return dict(own, others=[])
+    ranks.meet('checkpoint')
+    with ranks.exchange('checkpoint'): first,*others = ranks.everyone(own)
+    return dict(first, others=others)
+
+# %% ../../nbs/paddy_multi/train/03_checkpoint.ipynb #p002
+def restore_random_of_all(
+    learn, # A learner like the one that the state is of, in as many processes or in others
+    state:dict, # As `random_of_all` gave it
+):
+    "Go on drawing where `state` was taken, in this process"
+    ranks = ranks_of(learn)
+    rank,states = ranks.rank if ranks else 0,[state, *state.get('others', [])]
+    restore_random(learn.dls, states[rank] if rank < len(states) else state)
+    if rank >= len(states): set_seed(random.Random(repr(state['python'])).getrandbits(31)+rank)
+
+def writes(
+    learn, # A learner, maybe one of several processes
+)->bool:
+    "Does this process write? Process 0 alone does, as with `Learner.save`"
+    ranks = ranks_of(learn)
+    return not (ranks.rank if ranks else rank_distrib())
 
 # %% ../../nbs/paddy_multi/train/03_checkpoint.ipynb #n019
 def plain_values(

@@ -15,6 +15,7 @@ import numpy as np
 from fastcore.foundation import L
 
 from ..core.values import first_few, is_missing
+from .checkpoint import ranks_of
 
 # %% ../../nbs/paddy_multi/train/04_fingerprint.ipynb #n007
 def plain_setting(
@@ -71,10 +72,10 @@ def fingerprint(
         labels={side: labels_by_target(items, dls.targets.names) for side, items in sides.items()})
 
 def _own_settings(learn):
-    "Settings that a learner shows"
-    train = learn.dls.train
-    return dict(bs=train.bs, optimizer=learn.opt_func, wd=learn.wd, moms=learn.moms,
-                loss=type(learn.loss_func).__name__, metrics=learn.metrics.attrgot('name'),
+    "Settings that a learner shows; its batches are those of all processes"
+    train,ranks = learn.dls.train,ranks_of(learn)
+    return dict(bs=train.bs*(ranks.world_size if ranks else 1), optimizer=learn.opt_func, wd=learn.wd,
+                moms=learn.moms, loss=type(learn.loss_func).__name__, metrics=learn.metrics.attrgot('name'),
                 item_tfms=train.after_item, batch_tfms=train.after_batch)
 
 # %% ../../nbs/paddy_multi/train/04_fingerprint.ipynb #n016

@@ -17,8 +17,8 @@ from ..core.tables import read_table
 from ..core.values import first_few
 from ..data.loaders import MultiTargetDataLoaders, match_files
 from ..kinds.multicategory import MultiCategoryTarget
-from .checkpoint import (model_and_opt, random_state, read_checkpoint, restore_model, restore_opt,
-                                          restore_random, state_fits, write_checkpoint)
+from .checkpoint import (model_and_opt, random_of_all, ranks_of, read_checkpoint, restore_model,
+                                    restore_opt, restore_random_of_all, state_fits, write_checkpoint, writes)
 from .fingerprint import changes, fingerprint
 
 # %% ../../nbs/paddy_multi/train/05_run.ipynb #c007
@@ -121,7 +121,7 @@ class KeepEpochs(Callback):
     def before_epoch(self):
         "Draw and smooth as the run that was stopped would have done; those that are skipped do not come here"
         if self.start is None: return
-        (count, value),self.start = self.start['smooth'],restore_random(self.dls, self.start['random'])
+        (count, value),self.start = self.start['smooth'],restore_random_of_all(self.learn, self.start['random'])
         if self.epoch: self.recorder.smooth_loss.count,self.recorder.smooth_loss.val = count,value
 
     def after_epoch(self):
@@ -130,10 +130,13 @@ class KeepEpochs(Callback):
         if len(values) != len(names): return  # an epoch that was skipped
         self.rows.append({'epoch': self.done, **dict(zip(names, map(float, values)))})
         self.done += 1
-        smooth = self.recorder.smooth_loss
-        write_checkpoint(self.file, dict(
-            done=self.done, rows=self.rows, smooth=[smooth.count, smooth.val], seen=self.seen,
-            random=random_state(self.dls), **model_and_opt(self.learn)))
+        self._write(dict(done=self.done, rows=self.rows, seen=self.seen, random=random_of_all(self.learn),
+                         smooth=[self.recorder.smooth_loss.count, self.recorder.smooth_loss.val]))
+
+    def _write(self, state):
+        "Process 0 writes, and no other goes on before"
+        if writes(self.learn): write_checkpoint(self.file, dict(state, **model_and_opt(self.learn)))
+        if ranks_of(self.learn): ranks_of(self.learn).meet('checkpoint')
 
 # %% ../../nbs/paddy_multi/train/05_run.ipynb #n032
 @patch
@@ -153,7 +156,7 @@ def take_up(self:KeepEpochs,
     with state_fits(self.file):
         count,value = state['smooth']
         self.start = dict(state, smooth=(int(count), torch.as_tensor(value)))
-        restore_random(learn.dls, state['random'])
+        restore_random_of_all(learn, state['random'])
     self.done,self.rows = state['done'],state['rows']
     return state
 
