@@ -13,7 +13,7 @@ from warnings import warn
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .ranks import Ranks
+from .ranks import Ranks, is_sharded
 
 # %% ../../nbs/paddy_multi/distributed/05_preconditions.ipynb #n006
 _spreads = 'it spreads the batch itself: use one of the two'
@@ -39,6 +39,25 @@ def check_learner(
                              'inside of the model, where one that failed would never come. Use GroupNorm or LayerNorm')
         if getattr(m, 'sparse', False) and isinstance(m, (nn.Embedding, nn.EmbeddingBag)):
             raise ValueError(f'across_processes cannot average the sparse gradients of {name}: use sparse=False')
+
+# %% ../../nbs/paddy_multi/distributed/05_preconditions.ipynb #e002
+def check_engine(
+    engine:str, # How gradients are averaged
+    learn, # `Learner` that is about to train in several processes
+):
+    "`ValueError` for an engine that is not known, or that cannot train `learn`"
+    if engine not in ('meeting', 'ddp'):
+        raise ValueError(f"engine is 'meeting', which averages gradients once all processes have met, or 'ddp', which "
+                         f'does it in the backward pass; found {engine!r}')
+    if engine == 'meeting': return
+    if is_sharded(learn.model):
+        raise ValueError("engine='ddp' averages whole parameters, found parts of some (DTensor), which average "
+                         "themselves: leave engine='meeting'")
+    for cb in learn.cbs:
+        if not any(o.__name__ == 'MicroBatch' for o in type(cb).__mro__): continue
+        for option in 'auto', 'whole_head':
+            if getattr(cb, option): raise ValueError(f"engine='ddp' cannot train with MicroBatch({option}=True): use "
+                                                     "engine='meeting'")
 
 # %% ../../nbs/paddy_multi/distributed/05_preconditions.ipynb #n009
 def warn_of_batchnorm(
