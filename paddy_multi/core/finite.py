@@ -25,9 +25,12 @@ def broken_weights(
     named = {name: o.detach() for name, o in named.items() if o.numel()}
     if not named: return []
     device = next(iter(named.values())).device
-    # The largest number of each, which is NaN if any is; all answers are fetched together
-    finite = [torch.linalg.vector_norm(o, math.inf).isfinite().to(device) for o in named.values()]
+    finite = [_all_finite(o).to(device) for o in named.values()]  # all answers are fetched together
     return [name for name, ok in zip(named, torch.stack(finite).tolist()) if not ok]
+
+def _all_finite(t):
+    if not hasattr(t, 'full_tensor'): return torch.linalg.vector_norm(t, math.inf).isfinite()  # NaN if any number is
+    return (t*0).sum().full_tensor().isfinite()  # a DTensor, of which a process may hold nothing
 
 # %% ../../nbs/paddy_multi/core/08_finite.ipynb #n010
 def broken_losses(
