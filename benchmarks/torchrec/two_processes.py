@@ -128,8 +128,9 @@ def table_rows(model):
 
 def about():
     cpu = next(o.split(':')[1].strip() for o in open('/proc/cpuinfo') if o.startswith('model name'))
-    return dict(cpu=cpu, cores=len(os.sched_getaffinity(0)), python=platform.python_version(), torch=torch.__version__.split('+')[0],
-                torchrec=torchrec.__version__, date=time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime()))
+    return dict(cpu=cpu, cores=len(os.sched_getaffinity(0)), python=platform.python_version(),
+                torch=torch.__version__.split('+')[0], torchrec=torchrec.__version__,
+                date=time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime()))
 
 
 def main():
