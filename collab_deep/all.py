@@ -10,6 +10,7 @@ from .models.features import *
 from .models.factor import *
 from .models.ensemble import *
 from .models.weights import *
+from .models.sharded import *
 from .data.movielens import *
 from .data.splits import *
 from .data.table import *

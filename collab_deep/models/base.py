@@ -49,7 +49,11 @@ def split_pairs(
     raise ValueError(f'expected pairs, a user and an item in each row, as a tensor [bs, 2]; found {found}')
 
 # %% ../../nbs/collab_deep/models/01_base.ipynb #c017
-class TrainedTables(nn.Module):
+class InParts(nn.Module):
+    "What several processes ask of a model: who keeps the other rows of its tables"
+    shards = None # `Shards` of [tables over processes](08_sharded.ipynb); None where this process has all rows
+
+class TrainedTables(InParts):
     "What training asks of a model: its tables, their rows for unknown ids, and what decays"
     def id_tables(self):
         "Parameters with a row for each user or item"
@@ -59,7 +63,9 @@ class TrainedTables(nn.Module):
     @torch.no_grad()
     def fill_unknown(self):
         "Give unknown users and items, at 0, the average of the known rows, which is the best guess without an id"
-        for table in self.id_tables(): table[0] = table[1:].mean(0)
+        for table in self.id_tables():
+            if self.shards is None: table[0] = table[1:].mean(0)
+            else: self.shards.fill_first(table)
 
     def decay_groups(self):
         "Parameters by their share of the weight decay: tables and weights have all of it, biases of layers none"
@@ -103,7 +109,7 @@ def _with_kept_tables(model):
     return model
 
 # %% ../../nbs/collab_deep/models/01_base.ipynb #c025
-class ScoredUsers(nn.Module):
+class ScoredUsers(InParts):
     "What recommending asks of a model: scores of every item for some users, and for a user it never met"
     user_factors = item_factors = user_bias = item_bias = None
     cold = (),() # ids of users and of items that it can score without any rating, in rows after those of the tables
@@ -119,7 +125,8 @@ class ScoredUsers(nn.Module):
         users:Tensor, # Row numbers of users, long [m]
     )->Tensor: # [m, n_items], the unknown item at 0 included
         "Scores of all items, equal to `forward` of each pair"
-        return self.scores_of(self.user_rows(users))
+        rows = self.user_rows(users)
+        return self.scores_of(rows) if self.shards is None else self.shards.scores(self, rows)
 
     def new_user(self,
         items:Tensor=None, # Row numbers of what the user has seen, for models that use it

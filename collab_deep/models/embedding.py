@@ -30,7 +30,9 @@ def check_std(
     raise ValueError(f'std is a standard deviation, from 0 to {largest:g}; found {std!r}')
 
 # %% ../../nbs/collab_deep/models/00_embedding.ipynb #c013
-def _integers(idx):
+def integers(
+    idx, # Ids
+)->Tensor: # TypeError for anything but a tensor of integers
     "`idx` as a type that `F.embedding` takes, if it holds integers"
     if not isinstance(idx, Tensor):
         raise TypeError(f'ids come as a tensor of integers; found {type(idx).__name__}: {idx!r:.60}. '
@@ -73,7 +75,7 @@ class Embedding(nn.Embedding):
     def forward(self,
         idx:Tensor, # Ids of any shape [...] and any integer type
     )->Tensor: # Their rows, [..., n_factors]; IndexError if an id is not in the table
-        idx = _integers(idx)
+        idx = integers(idx)
         try: return super().forward(idx)
         except IndexError: raise IndexError(not_in_table(idx, len(self.weight))) from None
 
