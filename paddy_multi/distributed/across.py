@@ -22,13 +22,16 @@ from ..core.tensors import replaced
 from .callback import AcrossProcesses, of_one
 from .ddp import AcrossByDDP
 from .preconditions import check_engine, check_learner, check_same, warn_of_batchnorm
-from .ranks import is_sharded, join_processes
+from .ranks import has_own_gpu, is_sharded, join_processes
 from .shares import ShareDL
 
 # %% ../../nbs/paddy_multi/distributed/10_across.ipynb #n028
 def _to_own_device(learn):
     "Data and model on the GPU of this process"
     if not torch.cuda.is_available() or getattr(learn.dls, 'device', torch.device('cpu')).type != 'cuda': return
+    if not has_own_gpu():
+        raise ValueError(f'{os.environ["LOCAL_WORLD_SIZE"]} processes would share {torch.cuda.device_count()} GPUs: '
+                         "start as many as there are GPUs, or make data with device='cpu'")
     device = torch.device('cuda', torch.cuda.current_device())
     learn.dls.to(device)
     learn.model.to(device)

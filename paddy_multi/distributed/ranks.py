@@ -11,6 +11,7 @@ import os
 import zlib
 from collections import Counter
 from datetime import timedelta
+from warnings import warn
 
 import torch
 import torch.distributed as dist
@@ -202,19 +203,38 @@ def average_gradients(self:Ranks,
         for p,g in zip(bucket, flat.split([p.numel() for p in bucket])): p.grad.copy_(g.view_as(p.grad))
 
 # %% ../../nbs/paddy_multi/distributed/02_ranks.ipynb #n038
+def why_alone(
+    env, # Environment of this process, which names no others
+)->str: # '' where nothing speaks for them
+    "What tells that a launcher was asked for several processes"
+    for o in 'PMI_SIZE', 'OMPI_COMM_WORLD_SIZE', 'MV2_COMM_WORLD_SIZE':
+        if int(env.get(o, 1)) > 1:
+            return f'MPI has started {env[o]} ({o}), without WORLD_SIZE: use torchrun, or make an Accelerator() before'
+    if {'ACCELERATE_MIXED_PRECISION', 'MASTER_ADDR'} <= {*env} and 'WORLD_SIZE' not in env:
+        return ('accelerate was asked for several and has started one, as with --cpu: use `accelerate launch '
+                '--multi_gpu --num_processes N`, which takes the CPU where there is no GPU')
+    return ''
+
+# %% ../../nbs/paddy_multi/distributed/02_ranks.ipynb #a102
 _joined = {}  # `Ranks` by group, as a group is made once
+
+def has_own_gpu()->bool:
+    "Are there as many GPUs as processes on this machine?"
+    return torch.cuda.device_count() >= int(os.environ.get('LOCAL_WORLD_SIZE', 1)) > 0
 
 def join_processes(
     timeout:float=1800., # Seconds that a process may let the others wait
 )->Ranks|None: # None where this process is alone
     "Join the processes that `torchrun`, `accelerate launch` or `notebook_launcher` has started"
     if not dist.is_initialized():
-        if int(os.environ.get('WORLD_SIZE', 1)) <= 1: return None
-        gpu = torch.cuda.is_available()
+        if int(os.environ.get('WORLD_SIZE', 1)) <= 1:
+            if why := why_alone(os.environ): warn(f'this process trains alone: {why}', stacklevel=2)
+            return None
+        gpu = has_own_gpu()
         if gpu: torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
         dist.init_process_group('cpu:gloo,cuda:nccl' if gpu else 'gloo', timeout=timedelta(seconds=timeout))
-        atexit.register(_leave)
     if dist.get_world_size() == 1: return None
+    if not _joined: atexit.register(_leave)
     if dist.group.WORLD not in _joined: _joined[dist.group.WORLD] = Ranks(timeout)
     return _joined[dist.group.WORLD]
 
