@@ -56,6 +56,7 @@ from .distributed.ranks import *
 from .distributed.shares import *
 from .distributed.parts import *
 from .distributed.preconditions import *
+from .distributed.peers import *
 from .distributed.callback import *
 from .distributed.ddp import *
 from .distributed.across import *
@@ -75,3 +76,4 @@ from .use.interpret import *
 from .use.report import *
 from .use.csv_parts import *
 from .use.many_files import *
+from .use.results import *

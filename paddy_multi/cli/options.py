@@ -6,13 +6,16 @@
 __all__ = ['in_options', 'speaking_options']
 
 # %% ../../nbs/paddy_multi/cli/00_options.ipynb #n003
+import os
 import re
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 
 import typer
 
-from ..core.commands import echo, stop
+from ..core.commands import echo, refuse, stop
 
 # %% ../../nbs/paddy_multi/cli/00_options.ipynb #n006
 _kind = dict(Category='category', MultiCategory='multicategory', Regression='regression', Ordinal='ordinal',
@@ -43,7 +46,8 @@ _said += [
     (r'look at the labels and inputs of this batch, which are in .*?, or use', 'use'),
     (r'use a lower learning rate than .*?(?=;|$)', 'start again with a lower --lr and --overwrite'),
     (r'start without resume', 'start again with --overwrite'),
-    (r'pretrained=False', '--no-pretrained')]
+    (r'pretrained=False', '--no-pretrained'),
+    (r'choose another number, or bs=(\d+) or bs=(\d+)', r'choose another --processes, or --bs \1 or \2')]
 
 def in_options(
     text:str, # What an error or a warning says
@@ -54,9 +58,12 @@ def in_options(
     return text
 
 # %% ../../nbs/paddy_multi/cli/00_options.ipynb #n009
+def _end(text): stop(f'Error: {text}')
+
 @contextmanager
 def speaking_options(
     *kinds:type, # Classes of errors that are the user's to mend; others keep their traceback
+    say=_end, # What to do with the text of an error
 ):
     "Inside the block, warnings and errors of these `kinds` are a line each, and the latter end the command with code 1"
     with warnings.catch_warnings():
@@ -65,7 +72,41 @@ def speaking_options(
         except typer.Exit: raise
         except kinds as e:
             said = e.args[0] if isinstance(e, KeyError) and e.args else e
-            stop(f'Error: {in_options(said) or type(e).__name__}')
+            say(in_options(said) or type(e).__name__)
         except RuntimeError as e:
             if type(e).__name__ != 'OutOfMemoryError': raise  # torch's, which is not imported here
-            stop('Error: out of memory of the GPU: choose a smaller --bs, --size or --arch')
+            say('out of memory of the GPU: choose a smaller --bs, --size or --arch')
+
+# %% ../../nbs/paddy_multi/cli/00_options.ipynb #p001
+def place_of_process()->tuple: # Its number, and how many there are
+    "Which of the processes that were started together this one is"
+    n = int(os.environ.get('WORLD_SIZE', 1))
+    return (int(os.environ['RANK']) if n > 1 else 0),n
+
+def check_processes(
+    n:int, # Processes that the user wants
+):
+    "Refuse more processes than GPUs, and processes inside of those that a launcher has started"
+    if n == 1: return
+    import torch
+    gpus,there = torch.cuda.device_count(),place_of_process()[1]
+    if gpus and n > gpus:
+        refuse(f'expected {gpus} or fewer, as each process needs a GPU of its own, found {n}', '--processes')
+    if there > 1: refuse(f'a launcher has started {there} processes already: leave the option out', '--processes')
+
+# %% ../../nbs/paddy_multi/cli/00_options.ipynb #p003
+def run_alike(
+    run:Callable, # What each process does, without arguments
+    n:int, # Processes
+    *kinds:type, # Classes of errors that are the user's to mend
+):
+    "Run here, or in `n` processes that speak as one; errors as inside of `speaking_options`"
+    if n == 1: return run()
+    from paddy_multi.distributed.agent import ProcessFailed, run_together
+    try: run_together(partial(_one_of_them, run, kinds), n)
+    except ProcessFailed as e: stop(f'Error: {e}')
+
+def _one_of_them(run, kinds):
+    from paddy_multi.distributed.agent import say
+    warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated')
+    with speaking_options(*kinds, typer.BadParameter, say=say): run()

@@ -10,16 +10,16 @@ import json
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from .accum import check_arch
-from .options import speaking_options
+from .options import check_processes, place_of_process, run_alike, speaking_options
 from ..core.commands import check_folder, echo, refuse, stop
 from ..core.files import locked, write_file, written_together
-from ..core.values import printable
 
 # %% ../../nbs/paddy_multi/cli/02_train.ipynb #c008
 _results = 'report.html','predictions.csv','model.pkl','settings.json'
@@ -56,16 +56,6 @@ def _data_folder(data, out):
         return sample_digits(out/'digits'),'Real digits of scikit-learn; slant and ink are measured from the pixels.'
     return Path(data),f'Pictures of the folder {Path(data).name}.'
 
-# %% ../../nbs/paddy_multi/cli/02_train.ipynb #n005
-def _check_names(names):
-    "`ValueError` for a column that is called what predictions.csv calls the label of another, or changes a terminal"
-    for name in names:
-        if printable(name, keep='') != name:
-            raise ValueError(f'{printable(name, keep="")} is a name with control characters: rename the column')
-        other = name.removesuffix('_label')
-        if other != name and other in names:
-            raise ValueError(f'{name} is what the label of {other} is called in predictions.csv: rename the column')
-
 # %% ../../nbs/paddy_multi/cli/02_train.ipynb #n007
 def _loaders(settings, folder, without=()):
     "Loaders of the pictures and labels in `folder`"
@@ -78,17 +68,17 @@ def _loaders(settings, folder, without=()):
                       item_tfms=Resize(settings['size'], method='squish'), **{o: settings[o] for o in names})
 
 def _readable(dls, settings, folder):
-    "`dls` without pictures that cannot be read, if the user wants that; and their number"
+    "`dls` without pictures that cannot be read, if the user wants that; and these"
     from paddy_multi.data.pictures import check_pictures
     files = [*dls.train_ds.items, *dls.valid_ds.items]
     found = check_pictures(files, n_workers=os.cpu_count() or 1, progress=sys.stderr.isatty())
-    if found.empty: return dls,0
+    if found.empty: return dls,[]
     named = '; '.join(f'{Path(o.file).name}: {o.error}' for o in found[:3].itertuples())
     said = f'{len(found)} of {len(files)} pictures cannot be read ({named}{"; ..." if len(found) > 3 else ""})'
     if not settings['skip_unreadable']:
         raise ValueError(f'{said}: mend them, remove them and their rows, or add --skip-unreadable')
     echo(f'Left out: {said}', err=True)
-    return _loaders(settings, folder, found.file.tolist()),len(found)
+    return _loaders(settings, folder, found.file.tolist()),found.file.tolist()
 
 # %% ../../nbs/paddy_multi/cli/02_train.ipynb #t004
 def _check_size(arch, size):
@@ -98,29 +88,31 @@ def _check_size(arch, size):
     if cfg and cfg.fixed_input_size and cfg.input_size[-1] != size:
         raise ValueError(f'{arch} takes pictures of {cfg.input_size[-1]} pixels: add --size {cfg.input_size[-1]}')
 
-def _learner(settings, folder):
-    "A learner for the `settings`, and how many pictures were left out"
+def _learner(settings, folder, without=None):
+    "A learner for the `settings`, and the pictures that were left out, which are looked for unless they are known"
     from fastai.vision.all import set_seed
     from paddy_multi.train.learner import multi_target_learner
+    from paddy_multi.use.results import check_names
     import paddy_multi.data.weights  # registers its architecture with timm
     check_arch(settings['arch'], settings['pretrained'])
     _check_size(settings['arch'], settings['size'])
     set_seed(settings['seed'])
-    dls = _loaders(settings, folder)
-    _check_names(dls.targets.names)
-    dls,left_out = _readable(dls, settings, folder)
+    dls = _loaders(settings, folder, without or ())
+    check_names(dls.targets.names)
+    if without is None: dls,without = _readable(dls, settings, folder)
     if not len(dls.valid_ds):
         raise ValueError(f'{len(dls.train_ds)} pictures are too few to hold any out for validation: '
                          'give at least 5')
-    return multi_target_learner(dls, settings['arch'], pretrained=settings['pretrained']),left_out
+    kwargs = {name: settings[name] for name in ('pretrained', 'head_norm')}
+    return multi_target_learner(dls, settings['arch'], **kwargs),without
 
 # %% ../../nbs/paddy_multi/cli/02_train.ipynb #n010
-def _fit(learn, settings, out, name, resume, note):
-    "Losses and metrics of all epochs"
-    from paddy_multi.train.run import fine_tune_kept
-    sizes = f'{len(learn.dls.train_ds)} pictures to train on, {len(learn.dls.valid_ds)} to validate.'
-    echo(f'{sizes} {note}\n\n{learn.dls.targets}\n')
-    return fine_tune_kept(learn, settings['epochs'], settings['lr'], out, resume, settings, name)
+def _fit(learn, settings, out, name, resume, n=1):
+    "Losses and metrics of all epochs; each of `n` processes calls it"
+    from paddy_multi.distributed.across import across_processes
+    from paddy_multi.train.run import fine_tune_kept, shared_batches
+    with shared_batches(learn, n), across_processes(learn):
+        return fine_tune_kept(learn, settings['epochs'], settings['lr'], out, resume, settings, name)
 
 def _stamps(out): return [(out/o).stat().st_mtime_ns for o in (_kept, _new) if (out/o).exists()]
 
@@ -130,29 +122,13 @@ def _interrupted(out, before, resume):
         stop(f'\nStopped. Finished epochs are kept: go on with paddy-multi train --resume --out {out}', 130)
     stop(f'\nStopped. No epoch was finished, so nothing is kept{" of this run" if before else ""}.', 130)
 
-# %% ../../nbs/paddy_multi/cli/02_train.ipynb #n015
-def _summary(target, metric, labels, value):
-    "The target's metric, beside what saying always the same would give"
-    if (labels := labels.dropna()).empty: return 'no validation item has a label'
-    said,baseline = f'{metric} {value:{target.value_format}}',target.baseline(labels)
-    return f'{said} ({baseline})' if baseline else said
-
-# %% ../../nbs/paddy_multi/cli/02_train.ipynb #c009
-def _predictions(learn):
-    "Labels and predictions of the validation split, a row a picture"
-    import pandas as pd
-    from paddy_multi.use.predict import predict_named
-    table,items = learn.dls.targets,learn.dls.valid_ds
-    with learn.no_bar(): predictions = predict_named(learn, items.items)
-    labels = pd.DataFrame([table.decode(y) for _, y in items], index=predictions.index)
-    return pd.concat([labels[table.names].add_suffix('_label'), predictions], axis=1)
-
 # %% ../../nbs/paddy_multi/cli/02_train.ipynb #n019
 def _write_results(learn, rows, out, name, settings, notes, raw):
     "Predictions, model, report and settings, which appear together, and the checkpoint with them"
     from paddy_multi.core.tables import csv_safe
     from paddy_multi.use.report import write_report
-    predictions = _predictions(learn)
+    from paddy_multi.use.results import labels_and_predictions
+    predictions = labels_and_predictions(learn)
     with written_together(out, [*_results, *({name} - {_kept} and [_kept])]) as part:
         (predictions if raw else csv_safe(predictions)).to_csv(part/'predictions.csv', index_label='file')
         learn.export((part/'model.pkl').resolve())
@@ -162,27 +138,43 @@ def _write_results(learn, rows, out, name, settings, notes, raw):
     for old in {_new, 'checkpoint.json'}: (out/old).unlink(missing_ok=True)  # the latter of version 0.2
     return predictions
 
-def _say_results(learn, rows, predictions, out):
-    "What the results say in a few lines"
-    from paddy_multi.targets.metrics import main_metric
-    echo(f'\nOf {len(predictions)} pictures that the model has not been trained on:')
-    for target in learn.dls.targets:
-        metric,labels = main_metric(target),predictions[f'{target.name}_label']
-        if metric: echo(f'  {target.name}: {_summary(target, metric, labels, rows.iloc[-1][metric])}')
-    echo(f'{out}: {", ".join(_results)}')
-
 # %% ../../nbs/paddy_multi/cli/02_train.ipynb #t005
+def _join(*known):
+    "What process 0 has `known`, in all processes; the others wait here until it has looked at the data"
+    from paddy_multi.distributed.ranks import join_processes
+    ranks = join_processes(24*3600.)  # one that fails is ended by who has started them, so that this is for slow disks
+    os.environ.pop('WORLD_SIZE', None)  # fastai outside of the training finds one process, which process 0 is then
+    return ranks.broadcast('settings', known) if ranks else known
+
+def _follow(out, resume):
+    "What processes other than 0 do: train with it"
+    n = place_of_process()[1]
+    settings,folder,without,name = _join()
+    _fit(_learner(settings, folder, without)[0], settings, out, name, resume, n)
+
 def _run(out, given, said, raw, name, resume):
     "Train in the folder `out`, which is this process's own, with a checkpoint `name`"
+    from paddy_multi.train.run import shared_batches
+    from paddy_multi.use.results import say_results
+    n = place_of_process()[1]
     place = given['data'] if given['data'] in ('sample', 'digits') else str(Path(given['data']).absolute())
     settings = _settings(out/name, given, said) if resume else given | dict(data=place)
     folder,note = _data_folder(settings['data'] if resume and 'data' not in said else given['data'], out)
-    learn,left_out = _learner(settings, folder)
-    if left_out: note += f' {left_out} that cannot be read are left out.'
-    rows = _fit(learn, settings, out, name, resume, note)
-    how = '{arch}, {epochs} epochs, {size} pixels, seed {seed}, --augment {augment}.'.format(**settings)
-    predictions = _write_results(learn, rows, out, name, settings, [note, how], raw)
-    _say_results(learn, rows, predictions, out)
+    learn,without = _learner(settings, folder)
+    if without: note += f' {len(without)} that cannot be read are left out.'
+    with shared_batches(learn, n): _join(settings, folder, without, name)
+    sizes = f'{len(learn.dls.train_ds)} pictures to train on, {len(learn.dls.valid_ds)} to validate.'
+    echo(f'{sizes} {note}\n\n{learn.dls.targets}\n')
+    rows = _fit(learn, settings, out, name, resume, n)
+    how = '{arch}, {epochs} epochs, {size} pixels, seed {seed}, --augment {augment}'.format(**settings)
+    predictions = _write_results(learn, rows, out, name, settings, [note, f'{how}.'], raw)
+    say_results(learn, rows, predictions)
+    echo(f'{out}: {", ".join(_results)}')
+
+def _take_part(out, given, said, raw, overwrite, resume):
+    "What each process does; process 0 has the folder `out` for itself"
+    if place_of_process()[0]: return _follow(out, resume)
+    with locked(out): _run(out, given, said, raw, _checkpoint(out, resume, overwrite), resume)
 
 # %% ../../nbs/paddy_multi/cli/02_train.ipynb #c011
 def train(
@@ -218,10 +210,13 @@ def train(
         help='Architecture: a name of timm, or efficientnet_lite0_packaged, whose weights need no network.'
     )]='efficientnet_lite0_packaged',
     pretrained:Annotated[bool, typer.Option(help='Start from pretrained weights.')]=True,
+    head_norm:Annotated[Literal['batch', 'layer'], typer.Option(
+        help='BatchNorm or LayerNorm in the head. In several processes BatchNorm sees a part of a batch only.'
+    )]='batch',
     epochs:Annotated[int, typer.Option(
         min=1, help='Epochs with all layers training; one with a frozen body comes before, if pretrained.')]=4,
     size:Annotated[int, typer.Option(min=32, help='Height and width of the pictures, in pixels.')]=96,
-    bs:Annotated[int, typer.Option(min=2, help='Pictures a batch.')]=32,
+    bs:Annotated[int, typer.Option(min=2, help='Pictures an update; several processes share them.')]=32,
     lr:Annotated[float, typer.Option(min=0, help='Learning rate of the head.')]=1e-2,
     seed:Annotated[int, typer.Option(help='Seed of the split and of the weights.')]=42,
     raw:Annotated[bool, typer.Option(
@@ -231,6 +226,9 @@ def train(
     resume:Annotated[bool, typer.Option(
         '--resume', help='Go on with the last run in --out, with its settings; refused if its data have changed.'
     )]=False,
+    processes:Annotated[int, typer.Option(
+        min=1, metavar='N', help='Processes that train together and share --bs, each on a GPU of its own where '
+        'there are any; --resume may take another number.')]=1,
 ):
     """Train one model on several label columns.
 
@@ -238,13 +236,15 @@ def train(
     together, when all are complete. Ctrl-C keeps the finished epochs: go on with --resume.
     """
     augment = augment or ('none' if data == 'digits' else 'light')
-    own = {'context', 'out', 'raw', 'overwrite', 'resume', 'own'}
+    own = {'context', 'out', 'raw', 'overwrite', 'resume', 'processes', 'own'}
     given = {name: value for name, value in locals().items() if name not in own}
     said = [name for name in given if context.get_parameter_source(name).name == 'COMMANDLINE']
-    with speaking_options(OSError, KeyError, ValueError, FloatingPointError, MemoryError):
-        _checkpoint(out, resume, overwrite)
-        before = _stamps(out)
+    errors = OSError,KeyError,ValueError,FloatingPointError,MemoryError
+    with speaking_options(*errors):
+        check_processes(processes)
+        name,before = _checkpoint(out, resume, overwrite),_stamps(out)
+        if resume: _settings(out/name, given, said)
         try:
             out.mkdir(parents=True, exist_ok=True)
-            with locked(out): _run(out, given, said, raw, _checkpoint(out, resume, overwrite), resume)
+            run_alike(partial(_take_part, out, given, said, raw, overwrite, resume), processes, *errors)
         except KeyboardInterrupt: _interrupted(out, before, resume)

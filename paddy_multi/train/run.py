@@ -6,6 +6,7 @@
 __all__ = ['parse_targets', 'find_table', 'folder_dls', 'KeepEpochs', 'fine_tune_kept']
 
 # %% ../../nbs/paddy_multi/train/05_run.ipynb #c003
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -137,6 +138,23 @@ class KeepEpochs(Callback):
         "Process 0 writes, and no other goes on before"
         if writes(self.learn): write_checkpoint(self.file, dict(state, **model_and_opt(self.learn)))
         if ranks_of(self.learn): ranks_of(self.learn).meet('checkpoint')
+
+# %% ../../nbs/paddy_multi/train/05_run.ipynb #p001
+@contextmanager
+def shared_batches(
+    learn, # A learner with batches of the size of an update
+    n:int, # Processes
+):
+    "Inside the block a batch is what each process has of an update; `ValueError` if it cannot be shared evenly"
+    sizes = [dl.bs for dl in learn.dls.loaders]
+    if sizes[0]%n:
+        raise ValueError(f'{n} processes cannot share the {sizes[0]} pictures of an update evenly: choose '
+                         f'another number, or bs={sizes[0]//n*n or n} or bs={(sizes[0]//n+1)*n}')
+    try:
+        for dl in learn.dls.loaders: dl.bs = max(1, dl.bs//n)
+        yield
+    finally:
+        for dl,bs in zip(learn.dls.loaders, sizes): dl.bs = bs
 
 # %% ../../nbs/paddy_multi/train/05_run.ipynb #n032
 @patch
