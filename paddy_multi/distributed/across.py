@@ -8,7 +8,10 @@ __all__ = ['engines', 'across_processes']
 # %% ../../nbs/paddy_multi/distributed/10_across.ipynb #n003
 import os
 import random
+import sys
 from contextlib import ExitStack, contextmanager
+from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
 
 import fastai.learner
 import numpy as np
@@ -108,3 +111,43 @@ def across_processes(
         ranks.broadcast_to('weights', [*learn.model.parameters(), *learn.model.buffers()])
         for o in _quiet(learn, ranks), _as_one(learn, ranks, engine), _own_numbers(ranks): stack.enter_context(o)
         yield learn
+
+# %% ../../nbs/paddy_multi/distributed/10_across.ipynb #f003
+def hand_over():
+    "Let `distrib_ctx` of learners with declared targets be `across_processes`"
+    to,detach = Learner.to_distributed,Learner.detach_distributed
+    def to_distributed(self, sync_bn=True, **kwargs):
+        if not hasattr(self.dls, 'targets'): return to(self, sync_bn, **kwargs)
+        if unknown := {*kwargs} - {'timeout', 'engine'}:
+            raise TypeError('distrib_ctx of a learner with declared targets is across_processes, which takes timeout '
+                            f'and engine; found {", ".join(sorted(unknown))}')
+        self.block_of_processes = ExitStack(),sys.exc_info()[1]
+        self.block_of_processes[0].enter_context(across_processes(self, **kwargs))
+        return self
+    def detach_distributed(self):
+        if 'block_of_processes' not in vars(self): return detach(self)
+        block,before = vars(self).pop('block_of_processes')
+        raised = sys.exc_info()  # of the block, which ends in `finally`
+        block.__exit__(*(raised if raised[1] is not before else (None, None, None)))
+        return self
+    Learner.to_distributed,Learner.detach_distributed = to_distributed,detach_distributed
+
+# %% ../../nbs/paddy_multi/distributed/10_across.ipynb #f005
+class AfterImport(MetaPathFinder):
+    "Finds one module, and calls a function after its import"
+    def __init__(self, name, then): self.name,self.then = name,then
+
+    def find_spec(self, name, path=None, target=None):
+        "As `importlib` calls it for every module that is not imported"
+        if name != self.name: return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        run = spec.loader.exec_module
+        def exec_module(module):
+            run(module)
+            self.then()
+        spec.loader.exec_module = exec_module
+        return spec
+
+if 'fastai.distributed' in sys.modules: hand_over()
+else: sys.meta_path.insert(0, AfterImport('fastai.distributed', hand_over))
