@@ -13,7 +13,7 @@ from fastai.basics import Adam, Callback, DataLoaders, Learner, SGD, TfmdDL
 from fastai.callback.mixup import MixUp
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.all import DataBlock, IndexSplitter, TransformBlock
-from fastai.metrics import F1Score, accuracy
+from fastai.metrics import DiceMulti, F1Score, JaccardCoeffMulti, accuracy, foreground_acc, top_k_accuracy
 from torch import nn
 
 from paddy_multi.distributed.across import across_processes
@@ -39,6 +39,25 @@ def data(n, seed=0):
     return x, (x@w + torch.randn(n, 5, generator=g, dtype=torch.float64)).argmax(1)
 
 
+def pictures(side):
+    "A function that makes synthetic pictures of `side` by `side` pixels, each of one of 21 classes"
+    def make(n, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        x = torch.randn(n, 3, side, side, generator=g, dtype=torch.float64)
+        w = torch.randn(21, 3, generator=g, dtype=torch.float64)
+        return x, torch.einsum('nchw,kc->nkhw', x, w).argmax(1)
+    return make
+
+
+def ignored(y):
+    "Pixels without most of those of the first third of the pictures, and without all of some pictures"
+    g, y = torch.Generator().manual_seed(2), y.clone()
+    third = len(y)//3
+    y[:third][torch.rand(y[:third].shape, generator=g) < .9] = -100
+    y[::7] = -100
+    return y
+
+
 def missing(y):
     "Labels without most of the first third, and half of the rest"
     g, y = torch.Generator().manual_seed(2), y.clone()
@@ -51,6 +70,11 @@ def missing(y):
 def mlp():
     torch.manual_seed(1)
     return nn.Sequential(nn.Sequential(nn.Linear(20, 32), nn.Tanh()), nn.Sequential(nn.Linear(32, 5))).double()
+
+
+def pixels():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Tanh(), nn.Conv2d(16, 21, 1)).double()
 
 
 def numbers_of(model): return torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -81,9 +105,10 @@ class SeenLosses(Callback):
         self.learn.loss = self.learn.loss.float()
 
 
-def learner(bs, loss, n=81, y=None, model=mlp, cbs=(), opt=partial(SGD, mom=.9), metrics=(), drop_last=False, path='.'):
+def learner(bs, loss, n=81, y=None, model=mlp, cbs=(), opt=partial(SGD, mom=.9), metrics=(), drop_last=False, path='.',
+            items=data, n_valid=37):
     seed(3)
-    (x, labels), (xv, yv) = data(n), data(37, seed=5)
+    (x, labels), (xv, yv) = items(n), items(n_valid, seed=5)
     if y: labels, yv = y(labels), y(yv)
     dls = DataLoaders(TfmdDL(Rows(x, labels), bs=bs, num_workers=0, shuffle=True, drop_last=drop_last),
                       TfmdDL(Rows(xv, yv), bs=bs, num_workers=0), device='cpu')
@@ -101,9 +126,10 @@ def compare(ours, one, fit):
     start = numbers_of(one.model)
     with alone(): quietly(one, fit)
     with across_processes(ours) as learn:
-        before = dict(learn.across_processes.ranks.calls)
+        ranks = learn.across_processes.ranks
+        before = ranks.calls.copy(), ranks.bytes.copy()
         quietly(learn, fit)
-        calls = {k: v-before.get(k, 0) for k, v in learn.across_processes.ranks.calls.items()}
+        calls, sent = (now-b for now, b in zip((ranks.calls, ranks.bytes), before))
     a, b = numbers_of(ours.model), numbers_of(one.model)
     rows = [(float(u), float(v)) for p, q in zip(ours.recorder.values, one.recorder.values) for u, v in zip(p, q)]
     assert len(ours.recorder.values) == len(one.recorder.values)
@@ -112,7 +138,7 @@ def compare(ours, one, fit):
                 losses=max(abs(u-v) for u, v in zip(ours.seen_losses.seen, one.seen_losses.seen)),
                 metrics=max(abs(u-v) for u, v in rows if v == v), nan=all((u == u) == (v == v) for u, v in rows),
                 schedule=max(map(abs, np.subtract(ours.recorder.lrs, one.recorder.lrs))),
-                updates=len(ours.seen_losses.seen), calls=calls, numbers=a.sum().item())
+                updates=len(ours.seen_losses.seen), calls=calls, bytes=sent, numbers=a.sum().item())
 
 
 class DrawnMixUp(MixUp):
@@ -168,13 +194,21 @@ class Sometimes(nn.Sequential):
 
 weights = torch.tensor([.1, 5, 1, 2, .5]).double()
 macro_f1 = lambda: [accuracy, F1Score(average='macro')]
+of_pixels = lambda: [partial(accuracy, axis=1), DiceMulti(), JaccardCoeffMulti()]
+# 49 in validation leave one for the last batch, of 2 processes and of 3
+dense = dict(items=pictures(8), model=pixels, y=ignored, n=41, n_valid=49, metrics=of_pixels)
 
 # What each case changes; `mixed` is DrawnMixUp
 CASES = dict(
     plain=dict(n=81), by_gathering=dict(n=83, metrics=macro_f1),
     one_item_last=dict(n=33), one_item_gathered=dict(n=33, metrics=macro_f1, loss=lambda: pairs),
     whole_batches=dict(n=81, drop_last=True),
-    missing=dict(y=missing), missing_gathered=dict(y=missing, metrics=lambda: [accuracy]),
+    missing=dict(y=missing), missing_gathered=dict(y=missing, metrics=macro_f1),
+    summed=dict(y=missing, n_valid=49, metrics=lambda: [accuracy, partial(top_k_accuracy, k=2)]),
+    dense=dense, dense_larger={**dense, 'items': pictures(16)},
+    dense_weights={**dense, 'opt': Adam, 'loss': lambda: nn.CrossEntropyLoss(
+        weight=torch.linspace(.1, 3, 21).double(), label_smoothing=.1)},
+    dense_gathered={**dense, 'metrics': lambda: [partial(foreground_acc, bkg_idx=-100)]},
     adam_weights_clip=dict(y=missing, loss=lambda: nn.CrossEntropyLoss(weight=weights, label_smoothing=.1), opt=Adam,
                            cbs=lambda: [GradientClip(.1)]),
     unknown_loss=dict(loss=lambda: F.mse_loss, y=one_hot), pairs=dict(loss=lambda: pairs),

@@ -9,15 +9,18 @@ __all__ = []
 from collections.abc import Callable
 
 import torch
-from fastai.learner import AvgLoss
+from fastai.learner import AvgLoss, AvgMetric
+from fastai.metrics import (accuracy, accuracy_multi, Dice, DiceMulti, error_rate, JaccardCoeff, JaccardCoeffMulti, mae,
+                            mse, msle, Perplexity, top_k_accuracy)
 from fastcore.basics import noop
 from torch import Tensor
 
 from ..accumulate.chunks import counts_by_targets, known_to_add_up, learner_chunk_loss
 from ..accumulate.outputs import keeps_outputs
-from ..core.nested import tensors_in
+from ..core.nested import copied, tensors_in
 from ..core.tensors import plain, replaced
 from .ranks import Counted, Ranks
+from ..kinds.losses import unbound
 from ..targets.metrics import TargetMean, TotalLoss
 
 # %% ../../nbs/paddy_multi/distributed/04_parts.ipynb #n006
@@ -77,17 +80,26 @@ def part_of_loss(
     return loss
 
 # %% ../../nbs/paddy_multi/distributed/04_parts.ipynb #n013
+_means = accuracy, accuracy_multi, error_rate, mae, mse, msle, top_k_accuracy
+_sums = {AvgLoss: ('total', 'count'), Perplexity: ('total', 'count'),
+         **dict.fromkeys((Dice, DiceMulti, JaccardCoeff, JaccardCoeffMulti), ('inter', 'union'))}
+
+def _summed_by(m):
+    "What metric `m` sums up, and the names of the sums; None where it is not known to be one of sums over items"
+    if isinstance(m, (TargetMean, TotalLoss)): return m.sums, ('totals',)
+    if type(m) is AvgMetric and any(unbound(m.func) is o for o in _means): return m, ('total', 'count')
+    return (m, _sums[type(m)]) if type(m) in _sums else None
+
 def sums_of(
     metrics:list, # Metrics of a learner
-)->list|None: # Pairs of an object and the names of its sums, None where a metric is no sum over items
+)->list|None: # Pairs of an object and its sums by name, as they are now; None where a metric is no sum over items
     "What `metrics` add up over a split"
-    res = []
-    for m in metrics:
-        if type(m) is AvgLoss: res.append((m, ('total', 'count')))
-        elif not isinstance(m, (TargetMean, TotalLoss)): return None
-        elif not any(m.sums is o for o,_ in res): res.append((m.sums, ('totals',)))
-    return res
+    found = [*map(_summed_by, metrics)]
+    if None in found: return None
+    found = {id(o): (o, names) for o,names in found}.values()  # targets share their sums
+    return [(o, {name: copied(getattr(o, name, None)) for name in names}) for o,names in found]
 
+# %% ../../nbs/paddy_multi/distributed/04_parts.ipynb #n013b
 def goes_by_parts(
     learn, # `Learner` with a batch
 )->bool:
@@ -99,9 +111,19 @@ def goes_by_parts(
 # %% ../../nbs/paddy_multi/distributed/04_parts.ipynb #n016
 def add_up(
     ranks:Ranks, # The processes that hold the other rows
-    sums:list, # As `sums_of` gives them
+    sums:list, # As `sums_of` gives them before the last batch
 ):
-    "Let `sums` over the own rows be those over the rows of all processes"
-    sums = [(o, name) for o,names in sums for name in names if getattr(o, name) is not None]
-    totals = sums_over(ranks, 'metrics', [torch.as_tensor(getattr(o, name)) for o,name in sums])
-    for (o,name),total in zip(sums, totals): setattr(o, name, total)
+    "Let sums over the own rows be those over the rows of all processes"
+    for o,before in sums:
+        # Of a batch without own rows the mean is NaN, and counts nothing
+        if before.get('count') is not None and before['count'] == o.count: o.total = before['total']
+    own = [(o, name, getattr(o, name)) for o,before in sums for name in before]
+    own = [(o, name, v) for o,name,v in own if v is not None]
+    totals = sums_over(ranks, 'metrics', [_numbers(v) for *_,v in own])
+    for (o,name,v),total in zip(own, totals): setattr(o, name, _as_before(v, total))
+
+def _numbers(v): return v if isinstance(v, Tensor) else torch.tensor([*v.values()] if isinstance(v, dict) else v).double()
+
+def _as_before(v, total):
+    "The sums `total` as a tensor, numbers by name or a number, as `v` is"
+    return total if isinstance(v, Tensor) else dict(zip(v, total.tolist())) if isinstance(v, dict) else total.item()
