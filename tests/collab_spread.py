@@ -4,7 +4,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import torch
-from fastai.basics import Adam, Learner, SGD
+from fastai.basics import Adam, Callback, SGD
 from fastai.collab import CollabDataLoaders, collab_learner
 from fastai.metrics import mae
 from fastai.tabular.core import TabDataLoader
@@ -17,10 +17,14 @@ from collab_deep.models.dot import DotProduct, DotProductBias
 from collab_deep.models.ensemble import Ensemble
 from collab_deep.models.factor import factor_model
 from collab_deep.models.nn import EmbeddingNN
+from collab_deep.models.sharded import shard_tables
 from collab_deep.train.learner import collab_deep_learner
 from collab_deep.train.losses import BPRLoss
 from collab_deep.train.stopping import RankingMetric
+from collab_deep.use.explain import explain, item_bias, similar_items
+from collab_deep.use.save import load_recommender, save_recommender
 from paddy_multi.distributed.across import across_processes
+from paddy_multi.distributed.checkpoints import load_sharded, save_sharded
 from paddy_multi.distributed.ranks import join_processes
 from spread import SeenLosses, alone, compare, quietly, seed
 
@@ -148,3 +152,112 @@ def run_calls():
     try:
         with across_processes(other) as learn: quietly(learn, fit)
     except ValueError as e: return dict(found=found, expected=expected, refused=str(e))
+
+
+# --- tables in parts ------------------------------------------------------------------------------------------------
+IN_PARTS = 'bias dot nn uneven sgd adam bpr softmax'.split()
+
+
+def whole(model):
+    "All numbers of a model, in every process"
+    return {name: o.full_tensor() if hasattr(o, 'full_tensor') else o for name, o in model.state_dict().items()}
+
+
+def compare_parts(name):
+    "How far apart a learner with tables in parts and one in one process end, and what each process keeps"
+    ours, one = one_and_all(MAKE[name])
+    start = {k: o.clone() for k, o in one.model.state_dict().items()}
+    seed(6)
+    with alone(): quietly(one, fit)
+    shard_tables(ours)
+    with across_processes(ours) as learn:
+        seed(6)
+        quietly(learn, fit)
+        expected, found = one.model.state_dict(), whole(ours.model)
+    rows = [(float(u), float(v)) for p, q in zip(ours.recorder.values, one.recorder.values) for u, v in zip(p, q)]
+    tables = [p for p in ours.model.parameters() if hasattr(p, 'device_mesh')]
+    states = [o for p in tables for o in state_of(ours, p) if o.numel() > 1]
+    return ours, one, dict(
+        apart=max(float((found[k]-o).norm()/(o-start[k]).norm()) for k, o in expected.items()),
+        same_names=[*found] == [*expected], numbers=sum(o.sum().item() for o in found.values()),
+        losses=max(abs(u-v) for u, v in zip(ours.seen_losses.seen, one.seen_losses.seen)),
+        metrics=max(abs(u-v) for u, v in rows), rows=[(len(p), len(p.to_local())) for p in tables],
+        states=[(o.shape[0], o.to_local().shape[0]) for o in states],
+        bytes=sum(o.to_local().nbytes for o in [*tables, *states]))
+
+
+def state_of(learn, p):
+    "What the optimizer keeps of a parameter"
+    opt = getattr(learn.opt, 'opt', learn.opt)
+    return [o for o in opt.state[p].values() if torch.is_tensor(o)]
+
+
+def refusals(learn):
+    "What a learner with tables in parts says to what it cannot do"
+    def said(f):
+        try: f()
+        except (ValueError, TypeError) as e: return str(e)
+    return dict(explain=said(lambda: explain(learn, 3, 104)), similar=said(lambda: similar_items(learn, 104)),
+                bias=said(lambda: item_bias(learn)), new=said(lambda: recommend(learn, {104: 5.})),
+                save=said(lambda: learn.save('x')), load=said(lambda: learn.load('x')), export=said(lambda: learn.export()),
+                find=said(lambda: learn.lr_find()),
+                others=said(lambda: recommend(learn, [3+join_processes(60).rank])), twice=said(lambda: shard_tables(learn)))
+
+
+def uses(learn, folder):
+    "What is made of a trained learner"
+    df = ratings(40, seed=8)
+    lists = recommend(learn, [3, 4, 5], 7)
+    some = recommend(learn, 6, 40, exclude_seen=False, filter=lambda item: item % 2)
+    return dict(lists=lists.item.tolist(), scores=lists.score.tolist(), some=some.item.tolist(),
+                pairs=predict_pairs(learn, df).tolist(), measured=evaluate_ranking(learn, 5).value.tolist(),
+                saved=read(save_recommender(learn, folder)))
+
+
+def read(folder): return {k: o.tolist() for k, o in load_recommender(folder).model.state_dict().items()}
+
+
+def ties(learn):
+    "Lists of a model in which many items have one score"
+    with torch.no_grad():
+        for name, p in learn.model.named_parameters():
+            p = p.to_local() if hasattr(p, 'to_local') else p
+            p.fill_(0. if name.startswith('items') else 1.)
+    return recommend(learn, [3, 4], 9).item.tolist()
+
+
+def run_parts(names, folder):
+    "Learners with tables in parts beside those of one process"
+    rank, found = join_processes(60).rank, {}
+    for name in names[::-1]: ours, one, found[name] = compare_parts(name)
+    with alone(): expected = uses(one, folder/f'one_{rank}')
+    with across_processes(ours) as learn:
+        got, refused = uses(learn, folder/'parts'), refusals(learn)
+        kept = resumed(learn, folder/'training')
+    return dict(cases=found, got=got, expected=expected, refused=refused, resumed=kept,
+                ties=(ties(ours), ties(one)))
+
+
+def resumed(learn, folder):
+    "Is training that was kept taken up by another learner in parts?"
+    save_sharded(learn, folder)
+    other = shard_tables(learner(8, prepare=lambda model: nn.init.zeros_(model.users.weight)))
+    load_sharded(other, folder)
+    same = [torch.equal(a.to_local(), b.to_local()) for a, b in zip(other.model.parameters(), learn.model.parameters())]
+    moments = [torch.equal(a.to_local(), b.to_local()) for p, q in zip(other.model.parameters(), learn.model.parameters())
+               for a, b in zip(state_of(other, p), state_of(learn, q)) if a.numel() > 1]
+    return same, moments
+
+
+class FailsInOne(Callback):
+    "Raises in process 1, in the second epoch"
+    order = 40
+    def __init__(self, where): setattr(self, where, self.fail)
+    def fail(self):
+        if self.training and self.epoch == 1 and join_processes(60).rank == 1: raise OSError('no more of this')
+
+
+def fail_in_parts(where):
+    learn = shard_tables(learner(8))
+    learn.add_cb(FailsInOne(where))
+    with across_processes(learn, timeout=60): quietly(learn, fit)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .recommender import as_recommender
+from ..models.sharded import refuse_shards
 from paddy_multi.core.values import largest
 
 # %% ../../nbs/collab_deep/lists/03_fold_in.ipynb #c007
@@ -78,6 +79,7 @@ def fold_in(
 )->Tensor: # Row for `model.scores_of`, [d]; KeyError for an item that training did not see
     "Find the row of a newcomer without training again"
     rec,items = as_recommender(learn),list(ratings)
+    refuse_shards(rec.model, 'fold_in')
     if items and rec.ranks and isinstance(ratings, dict):
         raise ValueError(f'the model was trained for the order of lists and has no ratings to compare with: '
                          f'give the items that were taken alone, as in {set(items[:2])!r}; found {ratings}')

@@ -115,15 +115,17 @@ def _unknown(name, found, index, unknown):
             f'{f"{why}. " if why else ""}For someone new, see fold_in')
 
 # %% ../../nbs/collab_deep/lists/01_recommender.ipynb #c020
-def _is_average(table):
+def _is_average(table, shards=None):
     "Is the first row of `table` the average of the others, up to rounding?"
-    return torch.allclose(table[0], table[1:].mean(0), atol=1e-6)
+    first,mean = (table[0], table[1:].mean(0)) if shards is None else shards.first_and_mean(table)
+    return torch.allclose(first, mean, atol=1e-6)
 
 @torch.no_grad()
 def _has_average_rows(model):
     "Is what `model` has for unknown ids the average of what it has for the others?"
     own = model.id_tables()
-    if own and all(_is_average(o) for o in own): return True
+    if own and all(_is_average(o, model.shards) for o in own): return True
+    if model.shards is not None: return False
     with model.scoring() as read:  # some models add to the rows of their tables
         tables = [read.user_factors, read.item_factors, read.user_bias, read.item_bias]
     found = [_is_average(o) for o in tables if o is not None]

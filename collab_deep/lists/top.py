@@ -41,6 +41,36 @@ def top_k(
         values[shared],cols[shared] = all_values[:,:k],all_cols[:,:k]
     return values,cols
 
+# %% ../../nbs/collab_deep/lists/02_top.ipynb #c0131
+def _left(scores, rec, users, exclude_seen, allowed, first=0):
+    "Scores [n, m] of the items from `first` on, written to: minus infinity for those that are not listed"
+    last = first + scores.shape[1]
+    if first == 0 < last: scores[:,0] = -math.inf  # the place of items that are not known
+    if allowed is not None: scores.masked_fill_(~allowed[first:last], -math.inf)
+    if exclude_seen:
+        position,item = csr_entries(rec.seen, users)
+        here = (item >= first) & (item < last)
+        scores[position[here],item[here]-first] = -math.inf
+    return scores
+
+# %% ../../nbs/collab_deep/lists/02_top.ipynb #c0134
+def _best_of_all(model, rec, users, k, exclude_seen, allowed):
+    "`top_k` of all items, of which this process scores its own"
+    shards = model.shards
+    first,n_own = shards.spans(model.n_items)[shards.rank]
+    scores = shards.own_scores(model, model.user_rows(users.to(rec.device))).cpu()
+    asked = [len(users), int((users*torch.arange(1, len(users)+1)).sum()), int(~scores.isfinite().all())]
+    told = shards.everyone(asked)
+    if len({tuple(o[:2]) for o in told}) > 1:
+        raise ValueError('the processes ask for lists of other users: with tables in parts, ask for the same in all')
+    if any(o[2] for o in told): scores = scores.fill_(math.nan)
+    check_scores(scores)
+    values,cols = top_k(_left(scores, rec, users, exclude_seen, allowed, first), k)
+    lengths = [min(k, n) for _,n in shards.spans(model.n_items)]
+    values,cols = (shards.side_by_side(o, lengths) for o in (values, cols + first))
+    values,places = top_k(values, k)
+    return values,cols.gather(1, places)
+
 # %% ../../nbs/collab_deep/lists/02_top.ipynb #c014
 _scores_in_a_block = 2**21
 
@@ -56,8 +86,8 @@ def top_lists(
     with rec.model.scoring() as model:
         for block in rows.split(max(1, _scores_in_a_block//len(rec.items))):
             of_users = block.to(rec.device)
+            if model.shards is not None and score is None:
+                yield _best_of_all(model, rec, block, k, exclude_seen, allowed)
+                continue
             scores = check_scores(score(model, of_users) if score else model.scores(of_users)).cpu()
-            scores[:,0] = -math.inf  # the place of items that are not known
-            if allowed is not None: scores.masked_fill_(~allowed, -math.inf)
-            if exclude_seen: scores[csr_entries(rec.seen, block)] = -math.inf
-            yield top_k(scores, k)
+            yield top_k(_left(scores, rec, block, exclude_seen, allowed), k)

@@ -65,6 +65,15 @@ class Peers:
         told = torch.tensor([numbers]*self.n, device=self.mesh.device_type)
         return exchange(told, [1]*self.n, [1]*self.n, self.group).tolist()
 
+    def side_by_side(self,
+        columns:Tensor, # Of this process, [m, k]
+        widths:list, # Of each process
+    )->Tensor: # [m, sum of the widths], on the CPU
+        "The columns of all processes, in order"
+        flat,m = columns.to(self.mesh.device_type).flatten().repeat(self.n),len(columns)
+        got = exchange(flat, [m*columns.shape[1]]*self.n, [m*k for k in widths], self.group).cpu()
+        return torch.cat([o.view(m, k) for o,k in zip(got.split([m*k for k in widths]), widths)], 1)
+
     def own(self,
         weight, # A table, `DTensor` [n, f]
     )->Tensor: # Rows of this process
@@ -224,4 +233,4 @@ def refuse_shards(
     "`ValueError` for a model in parts"
     if model.shards is None: return
     raise ValueError(f'{what} reads whole tables, and those of this {type(model).__name__} are in parts: save it with '
-                     f'save_recommender, and load that in one process')
+                     f'save_recommender, or its training with save_sharded, and load that in one process')

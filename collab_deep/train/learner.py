@@ -12,6 +12,7 @@ from hashlib import sha256
 import fastai.callback.progress, fastai.callback.schedule # give a Learner its bar and fit_one_cycle
 import torch
 from fastai.learner import CastToTensor, Learner
+from fastcore.basics import patch
 from fastcore.foundation import L
 
 from ..data.loaders import RatingsDL
@@ -19,6 +20,7 @@ from ..models.base import CollabModel, checked_range
 from ..models.dot import DotProductBias
 from ..models.factor import factor_model
 from ..models.nn import EmbeddingNN
+from ..models.sharded import refuse_shards
 from .losses import CollabLoss, as_loss
 from .optimizer import fused_adamw, lr_wd_for
 from paddy_multi.core.autocast import RestoresAutocast
@@ -100,6 +102,24 @@ class CollabLearner(RestoresAutocast, Learner):
         res = super().get_preds(dl=dl, reorder=reorder and not single, **kwargs)
         if not single: return res
         return tuple(o[None] if isinstance(o, torch.Tensor) and o.ndim == 0 else o for o in res)
+
+@patch
+def save(self:CollabLearner, *args, **kwargs):
+    "As in fastai; `ValueError` where tables are in parts"
+    refuse_shards(self.model, 'learn.save')
+    return super(CollabLearner, self).save(*args, **kwargs)
+
+@patch
+def load(self:CollabLearner, *args, **kwargs):
+    "As in fastai; `ValueError` where tables are in parts"
+    refuse_shards(self.model, 'learn.load')
+    return super(CollabLearner, self).load(*args, **kwargs)
+
+@patch
+def export(self:CollabLearner, *args, **kwargs):
+    "As in fastai; `ValueError` where tables are in parts"
+    refuse_shards(self.model, 'learn.export')
+    return super(CollabLearner, self).export(*args, **kwargs)
 
 # %% ../../nbs/collab_deep/train/02_learner.ipynb #c013
 def _make_model(dls, loss, model, n_factors, use_nn, emb_szs, layers, y_range, config):

@@ -16,14 +16,19 @@ class FusedAdamW(OptimWrapper):
         groups:dict, # Lists of parameters by their share of the decay, as from `CollabModel.decay_groups`
         lr:float=1e-3, # Learning rate
     ):
-        self.shares = list(groups)
-        params = [dict(params=o) for o in groups.values()]
+        pairs = [(share, o) for share,params in groups.items() for o in _in_one_kernel(params)]
+        self.shares,params = [share for share,_ in pairs],[dict(params=o) for _,o in pairs]
         super().__init__(params, torch.optim.AdamW, lr=lr, betas=(.9, .99), eps=1e-5, fused=True, convert_groups=False)
         self.set_hyper('wd', .01)
 
     def _set_hyper(self, k, v):
         if k == 'wd': v = [o*share for o,share in zip(v, self.shares)]
         super()._set_hyper(k, v)
+
+def _in_one_kernel(params):
+    "Lists of parameters that one kernel takes: whole ones, and those in parts (`DTensor`)"
+    whole,parts = ([p for p in params if hasattr(p, 'device_mesh') == cut] for cut in (False, True))
+    return [whole, parts] if whole and parts else [[*params]]
 
 # %% ../../nbs/collab_deep/train/01_optimizer.ipynb #c010
 def fused_adamw(

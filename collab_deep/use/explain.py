@@ -13,6 +13,7 @@ from torch import Tensor
 from ..models.factor import FactorModel
 from ..models.base import into_range
 from ..models.dot import DotProduct
+from ..models.sharded import refuse_shards
 from ..lists.csr import csr_entries
 from ..lists.recommender import Recommender, as_recommender, check_scores, scoring
 from ..lists.top import list_length, top_k
@@ -24,6 +25,7 @@ def factors_of(
     side:str, # 'user' or 'item'
 )->Tensor: # [n, n_factors] on the CPU; TypeError for a model that has none
     "What a model has learned of each user or item, its bias left out"
+    refuse_shards(rec.model, f'what compares factors of {side}s')
     with scoring(rec.model) as model: factors = getattr(model, f'{side}_factors')
     if factors is None:
         raise TypeError(f'{type(rec.model).__name__} has no factors of its own; ask one of the models in it')
@@ -78,6 +80,7 @@ def item_bias(
 )->pd.DataFrame: # `item`, `bias`, `ratings` in training; highest bias first
     "How good each item is for everyone"
     rec = as_recommender(learn)
+    refuse_shards(rec.model, 'item_bias')
     with scoring(rec.model) as model: bias = model.item_bias
     if bias is None:
         raise TypeError(f'{type(rec.model).__name__} has no biases of items; DotProductBias and FactorModel have')
@@ -147,6 +150,7 @@ def explain(
 )->pd.DataFrame: # `value` of each part, of their sum, and of the score
     "What makes the score of `item` for `user`"
     rec = as_recommender(learn)
+    refuse_shards(rec.model, 'explain')
     if not isinstance(rec.model, (DotProduct, FactorModel)):
         raise TypeError(f'the score of {type(rec.model).__name__} is no sum of parts; '
                         'nearest_seen works for every model that has factors')

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from safetensors import torch as safetensors
 from .. import __version__
 from ..lists.check import check_recommender
 from ..lists.recommender import Recommender, as_recommender
+from ..models.sharded import whole_model
 from ..models.weights import check_header, empty_model, filled_model, read_header, tensors_of
 from paddy_multi.core.files import locked, write_file
 
@@ -199,6 +201,11 @@ def save_recommender(
 )->Path: # The folder; TypeError for ids that JSON cannot hold, ValueError for numbers that are not finite
     "Write `recommender.json` and `weights-<checksum>.safetensors`; processes that write to one folder take turns"
     rec,folder = as_recommender(learn),Path(folder)
+    if rec.model.shards is None: _write(rec, folder)
+    else: _write_whole(rec, folder)
+    return folder
+
+def _write(rec, folder):
     rec.model.check_settings()
     description = _description(rec)
     check_recommender(rec)
@@ -211,7 +218,15 @@ def save_recommender(
         write_file(folder/_weights_name(checksum), numbers)
         write_file(folder/_file, text)
         remove_old_weights(folder, _weights_name(checksum))
-    return folder
+
+def _write_whole(rec, folder):
+    "Process 0 writes what all keep; the others wait for it"
+    whole,failed = whole_model(rec.model),1
+    try:
+        if whole is not None: _write(replace(rec, model=whole), folder)
+        failed = 0
+    finally: told = rec.model.shards.everyone([failed])
+    if any(told[0]): raise OSError('process 0 could not write the recommender: see what it says')
 
 def remove_old_weights(
     folder:Path, # That nobody else writes to
