@@ -800,7 +800,7 @@ class NonNativeMixedPrecision(Callback): "By its name"
     (GradientAccumulation(8), 'it splits the update too'), (MicroBatch(4), 'it splits the update too'),
     (ActivationStats(), 'it keeps what one forward pass'),
     (GANTrainer(), 'two models in turns'), (NonNativeMixedPrecision(), 'use to_fp16'),
-    (DistributedTrainer(), 'several processes are not supported yet'), (ParallelTrainer(), 'train on one device'),
+    (DistributedTrainer(), 'use across_processes'), (ParallelTrainer(), 'for several processes'),
     (BPRCallback(), 'for the whole batch'), (SoftmaxCallback(), 'for the whole batch')],
     ids=lambda o: type(o).__name__)
 def test_refused_by_name(cb, why):
@@ -847,7 +847,7 @@ def test_batchnorm_is_never_left_with_one_item(bs):
 
 
 def test_a_distributed_model_is_refused():
-    said = 'a model in DataParallel: several processes are not supported yet, train on one device'
+    said = r'a model in DataParallel: use across_processes\(learn\) for several processes'
     with pytest.raises(ValueError, match=said):
         quiet(learner(*data(64), model=nn.DataParallel(mlp()), cbs=MicroBatch(8)))
 

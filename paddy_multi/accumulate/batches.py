@@ -199,7 +199,7 @@ def _joined_leaf(parts, sizes):
 # %% ../../nbs/paddy_multi/accumulate/01_batches.ipynb #n028
 _pairs = 'it draws what each item is compared with for the whole batch'
 _splits = 'it splits the update too'
-_processes = 'several processes are not supported yet, train on one device'
+_processes = 'use across_processes(learn) for several processes'
 _refused = dict(
     GradientAccumulation=_splits, MicroBatch=_splits,
     HookCallback='it keeps what one forward pass of a whole batch gave',
@@ -220,11 +220,19 @@ def check_learner(
                              'Remove one of the two')
     if isinstance(learn.model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ValueError(f'MicroBatch found a model in {type(learn.model).__name__}: {_processes}')
+    if hasattr(learn.model, 'set_requires_gradient_sync'): _check_sharded(learn, me)
     for name,p in learn.model.named_parameters():
         if p._backward_hooks or p._post_accumulate_grad_hooks: _refuse_hook(f'the gradient of the parameter {name!r}')
     for name,m in learn.model.named_modules():
         if m._backward_hooks or m._backward_pre_hooks:
             _refuse_hook(f'the gradients of {name or "the model"!r} ({type(m).__name__})')
+
+def _check_sharded(learn, me):
+    said = 'MicroBatch found a model of fully_shard'
+    if not hasattr(learn, 'across_processes'): raise ValueError(f'{said}: {_processes}')
+    why = dict(whole_head='which runs a part of a model by itself', auto='and its passes wait for other processes')
+    for o in why:
+        if getattr(me, o, False): raise ValueError(f'{said}, and {o}=True, {why[o]}: use one of the two')
 
 def _refuse_hook(where):
     raise ValueError(f'MicroBatch found a hook on {where}, which would run once a chunk. Remove it, and do its work in '

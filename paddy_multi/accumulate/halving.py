@@ -7,56 +7,158 @@ __all__ = []
 
 # %% ../../nbs/paddy_multi/accumulate/08_halving.ipynb #n003
 import gc
+from contextlib import contextmanager, nullcontext
 from warnings import warn
 
 import torch
+from fastai.callback.rnn import RNNRegularizer
 from fastai.torch_core import get_random_states, set_random_states
 from fastcore.basics import patch
 
-from .batches import is_out_of_memory
-from .passes import Passes
+from .batches import even_chunks, is_out_of_memory
+from .chunks import learner_chunk_loss
+from .coupling import rows_of_state
+from .passes import Passes, Shown
 from ..core.nested import tensors_in
-from ..core.tensors import restore_buffers
+from ..core.tensors import kept_buffers, restore_buffers
+
+# %% ../../nbs/paddy_multi/accumulate/08_halving.ipynb #e3515c6a
+class Alone:
+    "What a process knows of a batch that it has to itself, where several processes would have to agree"
+    rank,others = 0,''  # number of this process, and what messages add for the others
+    times = 1           # how often the gradient of the own items counts, as it is averaged over processes
+
+    def sizes(self, n): return [n]  # items of each process, of which this one shows `n`
+    def all_fit(self, fits): return fits  # had all enough memory?
+    def judge(self, check): check()  # run it, and say later in all processes what it refused
+    def is_any(self, what, yes): return yes  # is it so in any process?
+    def whole(self, kept): pass  # let the learner hold the loss of the batch of all, and the output if it is kept
+    def last(self, model, is_last): pass  # before a chunk: is it the last one, with the gradient of all?
+    def features(self, feats): return feats  # rows of all processes
+    def targets(self): pass  # let the learner hold the targets of all processes
+    def drawing(self): return nullcontext()  # a block that draws the random numbers of process 0
+    def own(self, grad): return grad  # the own rows of a gradient that each process has of the batch of all
+
+    def part(self,
+        learn, # `Learner` that holds a batch
+        count, # Function that gives the items shown, 0 for what only stands in
+    )->tuple: # What gives a chunk's part of the loss over the batch of all processes, and whether it is known
+        "Asked before any chunk is run"
+        return learner_chunk_loss(learn, count=count)
 
 # %% ../../nbs/paddy_multi/accumulate/08_halving.ipynb #n007
 class Halving(Passes):
     "Passes of a batch of `n` items, `bs` at a time at most; fewer, if memory runs out and `auto` is set"
-    n,bs,auto = 0,1,False
+    n,bs,auto,split,_alone = 0,1,False,None,Alone()
+    cut_up,keepers,reused,counted = staticmethod(even_chunks),(),False,0
+    in_chunks = False  # is what the learner holds of a few items?
+
+    @property
+    def peers(self): # `Alone`, unless `across_processes` has spread the batch
+        "What is known of other processes"
+        across = getattr(self.learn, 'across_processes', None)
+        return self._alone if across is None or across.share is None else across.peers
+
+    @property
+    def sizes(self): return self.peers.sizes(self.n)  # items of the batch in each process
+
+    @property
+    def is_cut(self): return sum(self.sizes) > min(self.bs, max(self.sizes))  # is the batch run in pieces?
+
+    @property
+    def is_sharded(self): return hasattr(self.model, 'set_requires_gradient_sync')  # do passes exchange parameters?
 
 @patch
-def _fits(self:Halving, run):  # Whether `run` had enough memory; if not, nothing is left of it
+def _has_memory(self:Halving, run, before):
+    "Whether `run` had enough memory, where a smaller chunk would help"
+    try: run()
+    except BaseException as e:
+        if not self.auto or min(self.bs, self.n) == 1 or not is_out_of_memory(e): raise
+        if before != _versions(self.learn):
+            e.add_note(_changed)
+            raise
+        return False
+    return True
+
+_changed = ('MicroBatch(auto=True) cannot run the batch again with fewer items, as the model has changed its input in '
+            'place: let it leave its input alone, as without inplace=True in its first layer')
+
+def _versions(learn):  # How often each tensor of the batch was changed in place
+    return [t._version for t in tensors_in((learn.xb, learn.yb)) if not t.is_inference()]
+
+@patch
+def _drop(self:Halving):  # What a run has left
+    self.leave_autocast()
+    if self.learn.training: self.drop_gradients()
+
+@patch
+def _fits(self:Halving, run):  # Whether `run` had enough memory in all processes; if not, nothing is left of it
     learn,before = self.learn,_versions(self.learn) if self.auto else []
-    buffers = [(buffer, buffer.clone()) for buffer in learn.model.buffers()] if self.auto else []
     self.forget()
     try:
-        run()
-        return True
-    except BaseException as e:
-        self.leave_autocast()
-        if learn.training: self.drop_gradients()
-        if not self.auto or min(self.bs, self.n) == 1 or not is_out_of_memory(e): raise
-        if before != _versions(learn):
-            e.add_note('MicroBatch(auto=True) cannot run the batch again with fewer items, as the model has changed '
-                       'its input in place: let it leave its input alone, as without inplace=True in its first layer')
-            raise
-    # Outside of `except`, whose traceback holds the tensors of the failed run
+        if self.peers.all_fit(self._has_memory(run, before)): return True
+        if self.auto and before != _versions(learn): raise RuntimeError(_changed)
+    except BaseException:
+        self._drop()
+        raise
+    self._drop()
     self.enter_autocast()
-    restore_buffers(buffers)
     learn.pred = learn.loss = learn.loss_grad = None
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
     return False
 
-def _versions(learn):  # How often each tensor of the batch was changed in place
-    return [t._version for t in tensors_in((learn.xb, learn.yb)) if not t.is_inference()]
-
 # %% ../../nbs/paddy_multi/accumulate/08_halving.ipynb #n010
 @patch
-def until_it_fits(self:Halving, run):
+def until_it_fits(self:Halving,
+    run, # Function of the pass
+    then=None, # Function that is called once it fits, and gives another pass, which has to fit too
+):
     "Run the batch; while memory runs out and `auto` is set, run it again with half of `bs` from the same state"
     start,tried = get_random_states() if self.auto else {},self.bs
-    while not self._fits(run):
-        self.bs = (min(self.bs, self.n)+1)//2
+    buffers = [(buffer, buffer.clone()) for buffer in self.learn.model.buffers()] if self.auto else []
+    while not (self._fits(run) and (then is None or self._fits(then()))):
+        self.bs = (min(self.bs, max(self.sizes))+1)//2
+        restore_buffers(buffers)
         set_random_states(**start)
     if self.bs == tried: return
-    warn(f'MicroBatch ran out of memory with {tried} items at a time and goes on with {self.bs}', stacklevel=2)
+    warn(f'MicroBatch ran out of memory with {tried} items at a time and goes on with {self.bs}{self.peers.others}',
+         stacklevel=2)
+
+# %% ../../nbs/paddy_multi/accumulate/08_halving.ipynb #ch02
+@patch
+def chunks(self:Halving):  # A slice for each chunk of the batch, and the number of items in each
+    chunks = self.cut_up(self.n, self.bs)
+    sizes = [o.stop-o.start for o in chunks]
+    learn,apart = self.learn,self.n > 1 and 1 in sizes
+    if learn.training and apart and any(cb.beta for cb in learn._grab_cbs(RNNRegularizer)):
+        raise ValueError('RNNRegularizer leaves out a chunk of one text, though not a batch of several: '
+                         f'use MicroBatch(3) or more, found {self.bs} for a batch of {self.n}')
+    return chunks, sizes
+
+@patch
+@contextmanager
+def in_pieces(self:Halving):
+    "Gives the chunks, each of which the learner shows in turn; after the block it shows the whole batch"
+    with Shown(self.learn, self.n, self.split) as shown, rows_of_state(self.keepers, self.n) as rows:
+        yield self._each(shown, rows)
+
+@patch
+def _each(self:Halving, shown, rows):
+    "Hidden state, the items shown, and whether they are for the first time; `counted` of them count"
+    chunks,_ = self.chunks()
+    more = max(len(self.cut_up(max(n, 1), self.bs)) for n in self.sizes) - len(chunks)
+    for i,items in enumerate([*chunks, *chunks[:1]*more]):
+        first = i < len(chunks)
+        self.counted = items.stop-items.start if first and self.sizes[self.peers.rank] else 0
+        shown.show(items)
+        self.peers.last(self.model, i+1 == len(chunks)+more)
+        yield rows, items, first
+
+@patch
+def output(self:Halving, rows, items, first=True):  # Output of the model for the `items` that the learner shows
+    if self.reused: torch.compiler.cudagraph_mark_step_begin()
+    rows.show(items)
+    with nullcontext() if self.counted else kept_buffers(self.model): out = self.model(*self.learn.xb)
+    if first: rows.keep(items)
+    return out

@@ -7,22 +7,21 @@ __all__ = ['MicroBatch']
 
 # %% ../../nbs/paddy_multi/accumulate/09_microbatch.ipynb #n003
 import math
-from contextlib import contextmanager, nullcontext
-from warnings import warn
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 from fastai.callback.core import CancelBatchException
-from fastai.callback.rnn import RNNRegularizer
 from fastcore.basics import patch
 
 from .batches import batch_size, check_learner, even_chunks, same_parts
-from .chunks import learner_chunk_loss
-from .coupling import mixing_layers, rows_of_state, state_keepers
+from .coupling import mixing_layers, state_keepers
 from .halving import Halving
 from .outputs import (FewItems, Looks, NotKept, detached, equal_chunks, is_compiled,
                                             joined_outputs, keeps_outputs, reuses_memory)
-from .passes import Shown, warns_of_mixing
-from .whole_head import backward_in_chunks, body_and_head, features_in_chunks, one_input
+from .passes import warns_of_mixing
+from .whole_head import (backward_in_chunks, body_and_head, features_in_chunks, one_input,
+                                               output_in_chunks)
 from ..core.values import is_whole
 
 # %% ../../nbs/paddy_multi/accumulate/09_microbatch.ipynb #n012
@@ -57,31 +56,12 @@ class MicroBatch(Halving):
 def before_fit(self:MicroBatch):
     "Refuse what cannot be split"
     learn,model = self.learn,self.learn.model
-    self._mixes,self._parts,self._keepers = None,{},state_keepers(model)
-    self._compiled,self._reused = is_compiled(model),reuses_memory(model)
+    self._mixes,self._parts,self.keepers = None,{},state_keepers(model)
+    self.cut_up,self.reused = equal_chunks if is_compiled(model) else even_chunks,reuses_memory(model)
     if learn.lock.locked(): return  # validation, which never unlocks the learner after an error here
     check_learner(learn, self)
     if self.whole_head: body_and_head(model)
     self._looks,self._look,self._warned,self._adds_up = Looks(),None,False,None
-
-# %% ../../nbs/paddy_multi/accumulate/09_microbatch.ipynb #n018
-@patch
-def _chunks(self:MicroBatch):  # A slice for each chunk of the batch, and the number of items in each
-    chunks = (equal_chunks if self._compiled else even_chunks)(self.n, self.bs)
-    sizes = [o.stop-o.start for o in chunks]
-    learn,apart = self.learn,self.n > 1 and 1 in sizes
-    if learn.training and apart and any(cb.beta for cb in learn._grab_cbs(RNNRegularizer)):
-        raise ValueError('RNNRegularizer leaves out a chunk of one text, though not a batch of several: '
-                         f'use MicroBatch(3) or more, found {self.bs} for a batch of {self.n}')
-    return chunks, sizes
-
-@patch
-def _output(self:MicroBatch, rows, items):  # Output of the model for the `items` that the learner shows
-    if self._reused: torch.compiler.cudagraph_mark_step_begin()
-    rows.show(items)
-    out = self.model(*self.learn.xb)
-    rows.keep(items)
-    return out
 
 # %% ../../nbs/paddy_multi/accumulate/09_microbatch.ipynb #n021
 @patch
@@ -91,103 +71,129 @@ def _looks_at_loss(self:MicroBatch, known):  # Is this batch one that the loss i
 
 # %% ../../nbs/paddy_multi/accumulate/09_microbatch.ipynb #k003
 @patch
-def _train_chunk(self:MicroBatch, rows, items, part):
+def _train_chunk(self:MicroBatch, rows, items, first, part):
     "Forward and backward of the `items` that the learner shows; gives their part of the batch's loss"
-    self._shown = items.stop-items.start
-    learn,share = self.learn,self._shown/self.n
+    learn,share = self.learn,self.counted/sum(self.sizes)
     self.enter_autocast()
-    learn.pred = self._output(rows, items)
+    learn.pred = self.output(rows, items, first)
     learn('after_pred')
-    self.set_loss(part(learn.pred, *learn.yb)/share)
-    self.backward(share, own=self._reused)
+    self.set_loss(part(learn.pred, *learn.yb)/(share or 1))
+    self.backward(share*self.peers.times, own=self.reused)
     learn.loss,learn.loss_grad = learn.loss.detach(),None  # without the graph
     return learn.loss*share
 
 @patch
-def _run_chunks(self:MicroBatch):
-    "Forward and backward of every chunk; leaves the loss and the output of the whole batch in the learner"
-    learn,total,outs,self._shown = self.learn,0.,[],self.n
-    part,known = learner_chunk_loss(learn, count=lambda *targs: self._shown)
-    if self._look is None and self.n > self.bs: self._look = self._looks_at_loss(known)
+def _run_chunks(self:MicroBatch, part, known):
+    "Forward and backward of every chunk; leaves the loss and the output of the own items in the learner"
+    learn,total,outs = self.learn,0.,[]
+    if self._look is None and self.is_cut: self._look = self._looks_at_loss(known)
     keep = keeps_outputs(learn) if self.keep is None else self.keep
-    chunks,sizes = self._chunks()
+    chunks,sizes = self.chunks()
     few = FewItems(learn.yb, self.n, chunks)
-    with Shown(learn, self.n, self.split) as shown, rows_of_state(self._keepers, self.n) as rows:
-        for items in chunks:
-            shown.show(items)
-            total = total + self._train_chunk(rows, items, part)
-            if self._look: few.add(learn.pred, learn.yb, items)
-            if keep: outs.append(detached(learn.pred, copied=self._reused))
+    with self.in_pieces() as pieces:
+        for rows,items,first in pieces:
+            total = total + self._train_chunk(rows, items, first, part)
+            if self._look and self.n > 1: few.add(learn.pred, learn.yb, items)
+            if keep and first: outs.append(detached(learn.pred, copied=self.reused))
             learn.pred = None
-            if self._look and few.are_all_here():
-                self.check_loss(*few.all(), self.bs)
+            if self._look and self.n > 1 and few.are_all_here():
+                self.peers.judge(lambda: self.check_loss(*few.all(), self.bs))
                 self._look,self._adds_up = False,learn.loss_func
+    if self._look: self._others_look(known)
     learn.pred = joined_outputs(outs, sizes, self.split) if keep else NotKept()
     learn.loss,learn.loss_grad = total,total
 
+@patch
+def _others_look(self:MicroBatch, known):  # One item is too few to look at the loss; other processes may have more
+    if max(self.sizes) > 1: self._adds_up = self.learn.loss_func
+    elif not known and self._adds_up is None:
+        raise ValueError('MicroBatch cannot see whether the loss adds up, as no process has more than 1 item: use a '
+                         'larger bs in the loaders, or MicroBatch(1, whole_head=True)')
+
+# %% ../../nbs/paddy_multi/accumulate/09_microbatch.ipynb #mp02
+@patch
+def _train_chunks(self:MicroBatch):
+    "Gradient, loss and, if it is kept, output of the whole batch"
+    self.counted = self.n
+    part,known = self.peers.part(self.learn, lambda *targs: self.counted)
+    self.until_it_fits(partial(self._run_chunks, part, known))
+    self.peers.whole(kept=not isinstance(self.learn.pred, NotKept))
+
 # %% ../../nbs/paddy_multi/accumulate/09_microbatch.ipynb #n026
 @patch
-@contextmanager
 def _warning(self:MicroBatch):
     "Watch the first chunked batch of a fit, and warn of layers whose chunks are not parts of a batch"
-    watched = nullcontext()
-    if self.n > self.bs and not self._warned:
-        model = body_and_head(self.model)[0] if self.whole_head else self.model
-        xb,self._warned = () if self.split else self.learn.xb,True
-        watched = warns_of_mixing(model, xb, self.n, self.bs, self.whole_head)
-    with watched: yield
+    if self.n <= self.bs or self._warned or self.is_sharded: return nullcontext()
+    model = body_and_head(self.model)[0] if self.whole_head else self.model
+    xb,self._warned = () if self.split else self.learn.xb,True
+    return warns_of_mixing(model, xb, self.n, self.bs, self.whole_head)
 
 # %% ../../nbs/paddy_multi/accumulate/09_microbatch.ipynb #n029
 @patch
-def _run_whole_head(self:MicroBatch):
+def _train_whole_head(self:MicroBatch):
     "Body in chunks, head and loss on the whole batch, then the body again for its gradients"
-    learn,(body,head) = self.learn,body_and_head(self.model)
-    x,chunks = one_input(learn.xb, self.bs),even_chunks(self.n, self.bs)
-    trains = any(p.requires_grad for p in body.parameters())
-    self.enter_autocast()
-    with torch.no_grad(): feats,starts = features_in_chunks(body, x, chunks, again=trains)
-    torch.clear_autocast_cache()  # of weights that were cast without a graph
-    feats.requires_grad_(trains)
-    learn.pred = head(feats)
-    learn('after_pred')
-    self.set_loss(learn.loss_func(learn.pred, *learn.yb))
+    (body,head),kept = body_and_head(self.model),[]
+    x,trains = one_input(self.learn.xb, self.bs),any(p.requires_grad for p in body.parameters())
+    self.peers.targets()
+    def run_body():
+        self.enter_autocast()
+        with torch.no_grad(): kept[:] = features_in_chunks(body, x, even_chunks(self.n, self.bs), again=trains)
+        torch.clear_autocast_cache()  # of weights that were cast without a graph
+    def then():
+        feats = self.peers.features(kept[0]).requires_grad_(trains)
+        return partial(self._run_head, body, head, x, feats, kept[1], self.peers.drawing())
+    self.until_it_fits(run_body, then)
+
+@patch
+def _run_head(self:MicroBatch, body, head, x, feats, starts, drawing):
+    learn = self.learn
+    with drawing:
+        learn.pred = head(feats)
+        learn('after_pred')
+        self.set_loss(learn.loss_func(learn.pred, *learn.yb))
     self.backward()
-    if feats.grad is not None: backward_in_chunks(body, x, chunks, starts, feats.grad, self.autocast)
+    if feats.grad is not None:
+        backward_in_chunks(body, x, even_chunks(self.n, self.bs), starts, self.peers.own(feats.grad), self.autocast)
     learn.pred,learn.loss,learn.loss_grad = detached(learn.pred),learn.loss.detach(),learn.loss_grad.detach()
 
 # %% ../../nbs/paddy_multi/accumulate/09_microbatch.ipynb #v002
 @patch
 def _part_in_valid(self:MicroBatch):
     "What gives a chunk's part of the loss, None where the whole output is needed"
-    learn,self._shown = self.learn,self.n
+    learn,self.counted = self.learn,self.n
     if not len(learn.yb) or self.whole_head or self.keep or len(learn.metrics) or keeps_outputs(learn): return None
-    part,known = learner_chunk_loss(learn, count=lambda *targs: self._shown)
+    part,known = self.peers.part(learn, lambda *targs: self.counted)
     return part if known or self._adds_up is learn.loss_func else None
 
 @patch
 def _sum_valid(self:MicroBatch, part):
     "Loss of a batch of validation whose output nobody reads"
+    self.in_chunks = True
+    self.until_it_fits(partial(self._sum_chunks, part))
+    self.peers.whole(kept=False)
+    self.learn('after_loss')
+
+@patch
+def _sum_chunks(self:MicroBatch, part):
     learn,total = self.learn,0.
-    with Shown(learn, self.n, self.split) as shown, rows_of_state(self._keepers, self.n) as rows:
-        for items in self._chunks()[0]:
-            shown.show(items)
-            self._shown = items.stop-items.start
-            learn.pred = self._output(rows, items)
+    with self.in_pieces() as pieces:
+        for rows,items,first in pieces:
+            learn.pred = self.output(rows, items, first)
             learn('after_pred')
             total,learn.pred = total+part(learn.pred, *learn.yb),None
     learn.pred,learn.loss,learn.loss_grad = NotKept(),total,total
-    learn('after_loss')
 
 # %% ../../nbs/paddy_multi/accumulate/09_microbatch.ipynb #n032
 @patch
 def _run_valid(self:MicroBatch):
     "Output of every chunk, and the loss of the whole batch if it has targets"
-    learn = self.learn
+    learn,kept = self.learn,[]
     learn.pred = None  # of the batch before
     if part := self._part_in_valid(): return self._sum_valid(part)
-    outs,sizes = self._outputs()
-    learn.pred = joined_outputs(outs, sizes, self.split)
-    del outs
+    def run(): kept[:] = self._outputs()
+    self.until_it_fits(run)
+    learn.pred = joined_outputs(*kept, self.split)
+    kept.clear()
     learn('after_pred')
     if len(learn.yb):
         learn.loss_grad = learn.loss_func(learn.pred, *learn.yb)
@@ -197,14 +203,12 @@ def _run_valid(self:MicroBatch):
 @patch
 def _outputs(self:MicroBatch):  # Outputs of the chunks and their sizes; a single one under a whole head
     if self.whole_head and self.n > self.bs:
-        body,head = body_and_head(self.model)
-        feats,_ = features_in_chunks(body, one_input(self.learn.xb, self.bs), even_chunks(self.n, self.bs), again=False)
-        return [head(feats)], [self.n]
-    outs,(chunks,sizes) = [],self._chunks()
-    with Shown(self.learn, self.n, self.split) as shown, rows_of_state(self._keepers, self.n) as rows:
-        for items in chunks:
-            shown.show(items)
-            outs.append(detached(self._output(rows, items), copied=self._reused))
+        return [output_in_chunks(self.model, one_input(self.learn.xb, self.bs), even_chunks(self.n, self.bs))], [self.n]
+    outs,(_,sizes) = [],self.chunks()
+    with self.in_pieces() as pieces:
+        for rows,items,first in pieces:
+            out = self.output(rows, items, first)
+            if first: outs.append(detached(out, copied=self.reused))
     return outs, sizes
 
 # %% ../../nbs/paddy_multi/accumulate/09_microbatch.ipynb #n038
@@ -217,27 +221,29 @@ def before_batch(self:MicroBatch):
     self.n = batch_size(learn.xb, learn.yb, self.split)
     if self.n > self.bs and not self.split: self._parts = same_parts((learn.xb, learn.yb), self.n, self._parts)
     self.begin()
+    self.in_chunks = learn.training
     try:
         if learn.training: self._train()
         elif self._mixes_in_valid(): return
-        else: self.until_it_fits(self._run_valid)
+        else: self._run_valid()
     except BaseException:
         self.leave_autocast()
         raise
+    finally: self.in_chunks = False
     raise CancelBatchException
 
 @patch
 def _mixes_in_valid(self:MicroBatch):
     "Do layers mix the items of a batch in validation too? Asked at the first batch that is larger than a chunk"
-    if self.n <= self.bs or self.whole_head: return False
+    if max(self.sizes) <= self.bs or self.whole_head or self.is_sharded: return False
     if self._mixes is None:
         xb,bs = () if self.split else self.learn.xb,max(self.bs//2, 1)  # with a copy of their inputs as much as a chunk
-        self._mixes = bool(mixing_layers(self.model, xb, self.n, bs))
+        mixes = self.n > 1 and bool(mixing_layers(self.model, xb, self.n, bs))
+        self._mixes = self.peers.is_any('layers that mix items', mixes)
     return self._mixes
 
 @patch
 def _train(self:MicroBatch):  # Gradient of the batch, then the step
     self._look = None
-    run = self._run_whole_head if self.whole_head and self.n > self.bs else self._run_chunks
-    with self._warning(): self.until_it_fits(run)
+    with self._warning(): self._train_whole_head() if self.whole_head and self.is_cut else self._train_chunks()
     self.make_step()

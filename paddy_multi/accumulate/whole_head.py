@@ -65,6 +65,16 @@ def _one_tensor(feats, n):
     raise ValueError('whole_head needs a body that gives one tensor with the items along the first dimension, '
                      f'found {found(feats)} for {n} items')
 
+# %% ../../nbs/paddy_multi/accumulate/05_whole_head.ipynb #wo02
+def output_in_chunks(
+    model:nn.Module, # A body and a head
+    x:Tensor, # Inputs of the whole batch
+    chunks:list, # A slice for each chunk
+): # What the head gives for the whole batch
+    "Output of `model`, whose body is run in `chunks` and keeps the buffers it then has"
+    body,head = body_and_head(model)
+    return head(features_in_chunks(body, x, chunks, again=False)[0])
+
 # %% ../../nbs/paddy_multi/accumulate/05_whole_head.ipynb #n012
 def backward_in_chunks(
     body:nn.Module, # What made the features

@@ -21,8 +21,7 @@ _carries = 'it carries what one batch left to the next, and the next is of other
 _refused = dict(
     ParallelTrainer=_spreads, DistributedTrainer=_spreads,
     ModelResetter=_carries, RNNCallback=_carries, RNNRegularizer=_carries,
-    GANTrainer='it trains two models in turns',
-    MicroBatch='it does not know yet of the items of other processes')
+    GANTrainer='it trains two models in turns')
 
 def check_learner(
     learn, # `Learner` that is about to train in several processes
