@@ -8,9 +8,10 @@ __all__ = ['app']
 # %% ../../nbs/paddy_multi/cli/09_app.ipynb #c003
 from .. import __version__
 from .accum import accum_command
+from .predict import predict
 from .train import train
 from ..core.commands import new_app
 
 # %% ../../nbs/paddy_multi/cli/09_app.ipynb #c006
 app = new_app('paddy-multi', __version__, 'Several label columns in one fastai model.')
-for name, command in dict(train=train, accum=accum_command).items(): app.command(name)(command)
+for name, command in dict(train=train, predict=predict, accum=accum_command).items(): app.command(name)(command)

@@ -59,8 +59,9 @@ def join(self:Parts,
     progress:bool, # Show a progress bar?
 ):
     "Write all parts to `file`, in order"
+    numbers = range(len(self))
     with file.open('wb') as whole:
-        for i in progress_bar(range(len(self)), display=progress):
+        for i in progress_bar(numbers) if progress else numbers:
             while not self.file(i).exists(): work()
             with self.file(i).open('rb') as part: shutil.copyfileobj(part, whole)
 

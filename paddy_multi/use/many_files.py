@@ -186,7 +186,8 @@ def predict_files(
     check_place(out, overwrite)
     ranks,bs = ranks_of(learn),bs or learn.dls.valid.bs
     parts,index = Parts(out, len(paths), -(-max(part, 1)//bs)*bs),index_of(paths)
-    facts = facts_of_run(learn, paths, dict(bs=bs, part=parts.size, raw=raw, **kwargs))
+    asked = {name: o for name,o in kwargs.items() if name != 'num_workers'}  # which changes no row
+    facts = facts_of_run(learn, paths, dict(bs=bs, part=parts.size, raw=raw, **asked))
     if ranks: ranks.same('what they predict', facts, 'Give files, model and settings alike to all of them')
     def text_of(i):
         acts,errors = activations_of(learn, paths[parts.rows(i)], bs=bs, **kwargs)
