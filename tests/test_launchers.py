@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -30,16 +31,41 @@ def check_updates(name, found):
 
 
 @pytest.fixture(scope='module')
-def by_ddp(): return [o.result for o in in_processes(launched.run_by_ddp, limit=150, names=QUICK)]
+def by_ddp(tmp_path_factory):
+    "What two processes found, and how they ended"
+    folder = tmp_path_factory.mktemp('ddp')
+    ended = in_processes(launched.run_engine, limit=180, folder=folder, names=QUICK)
+    files = [folder/f'{rank}.json' for rank in range(2)]
+    assert all(o.exists() for o in files), ended[0].output + ended[1].output
+    return [json.loads(o.read_text()) for o in files], ended, float((folder/'began').read_text())
 
 
 @pytest.mark.parametrize('name', QUICK)
-def test_updates_of_ddp_are_those_of_one_process(by_ddp, name): check_updates(name, [o[name] for o in by_ddp])
+def test_updates_of_ddp_are_those_of_one_process(by_ddp, name): check_updates(name, [o[name] for o in by_ddp[0]])
 
 
 def test_a_part_that_one_process_has_used_moves_alike_by_ddp(by_ddp):
-    first, second = (o['sometimes'] for o in by_ddp)
+    first, second = (o['sometimes'] for o in by_ddp[0])
     assert first == second and first['moved'] > .1
+
+
+@pytest.mark.parametrize('engine', ['meeting', 'ddp'])
+def test_an_overflow_in_one_process_skips_the_update_in_all(by_ddp, engine):
+    "Six updates of 81 items, of which the second is skipped and halves the scale"
+    first, second = (o['overflow'][engine] for o in by_ddp[0])
+    assert first == second and first[0] == [[False, 256.], [True, 128.], *4*[[False, 128.]]] and first[2]
+
+
+def test_callbacks_find_the_model_itself(by_ddp):
+    names = ['0.0.weight', '0.0.bias', '1.0.weight', '1.0.bias']
+    assert all(o['callbacks'] == [names, 'Sequential', False] for o in by_ddp[0])
+
+
+def test_one_that_fails_beside_ddp_says_so_and_leaves(by_ddp):
+    _, (first, second), _ = by_ddp
+    assert second.error == 'OSError: cannot read picture 17' and abs(first.seconds-second.seconds) < 15
+    assert 'process 1 stopped: OSError: cannot read picture 17' in second.output
+    assert first.error.startswith('ProcessFailed: process 0 has lost the others at ')
 
 
 @pytest.mark.slow
@@ -95,6 +121,52 @@ def test_a_script_gives_the_numbers_of_one_process(tmp_path, alone, name):
         close(found['metrics'], alone['metrics'], eps=1e-6)  # float32 in the recorder
 
 
+# --- failures -------------------------------------------------------------------------------------------------------
+SAYS = dict(error='OSError: cannot read picture 17', memory='OutOfMemoryError: CUDA out of memory',
+            sigterm='SystemExit: 143', sigint='KeyboardInterrupt: process 1 was told to stop by SIGINT')
+
+
+@pytest.fixture(scope='module')
+def failed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('failed')
+    return [o.result for o in in_processes(launched.run_failures, limit=400, folder=folder, failures=launched.FAILURES)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('where, what', launched.FAILURES)
+def test_what_happens_in_one_process_ends_both(failed, where, what):
+    (first, _), (second, seconds) = (o[where, what] for o in failed)
+    assert seconds < 15
+    if what.startswith('sig') and where != 'worker': assert first == second == SAYS[what]
+    else:
+        says = 'DataLoader worker' if (where, what) == ('worker', 'sigkill') else SAYS[what]
+        assert says in second and first.startswith('ProcessFailed: process 1 stopped: ') and says in first
+
+
+UNDER = [('torchrun', 'ddp', 'forward', 'error', 'process 1 stopped: OSError: cannot read picture 17'),
+         ('torchrun', 'ddp', 'backward', 'error', 'process 1 stopped: OSError: cannot read picture 17'),
+         ('torchrun', 'ddp', 'loading', 'memory', 'process 1 stopped: OutOfMemoryError: CUDA out of memory'),
+         ('torchrun', 'ddp', 'backward', 'sigkill', 'Signal 9 (SIGKILL) received'),
+         ('torchrun', 'ddp', 'forward', 'sigterm', 'Signal 15 (SIGTERM) received'),
+         ('torchrun', 'ddp', 'forward', 'ctrl_c', 'KeyboardInterrupt'),
+         ('torchrun', 'meeting', 'forward', 'ctrl_c', 'was told to stop by SIGINT'),
+         ('torchrun', 'meeting', 'loading', 'sigkill', 'Signal 9 (SIGKILL) received'),
+         ('torchrun', 'meeting', 'worker', 'sigkill', 'ProcessFailed: process 1 stopped: RuntimeError: DataLoader worker'),
+         ('accelerate', 'ddp', 'forward', 'error', 'process 1 stopped: OSError: cannot read picture 17'),
+         ('accelerate', 'ddp', 'backward', 'sigkill', 'Signal 9 (SIGKILL) received'),
+         ('accelerate', 'meeting', 'predictions', 'error', 'ProcessFailed: process 1 stopped: OSError: cannot read')]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('launcher, engine, where, what, says', UNDER)
+def test_what_happens_in_one_process_ends_what_a_launcher_has_started(tmp_path, launcher, engine, where, what, says):
+    code, out = ran(tmp_path, LAUNCHES[launcher][0], 'happens', where, what, engine)
+    seconds = time.time()-float((tmp_path/'began').read_text())
+    assert code and says in out and seconds < 15, (seconds, out)
+    assert not any(Path(f'/proc/{pid}').exists() for pid in (tmp_path/'pids').read_text().split())
+
+
+# --- what is told ---------------------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_accelerate_that_has_started_one_is_told(tmp_path):
     code, out = ran(tmp_path, [*ACCELERATE, '--cpu'])
