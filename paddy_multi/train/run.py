@@ -116,6 +116,10 @@ class KeepEpochs(Callback):
         name:str='checkpoint.pth', # File in `folder`
     ): self.file,self.settings,self.done,self.rows,self.start = Path(folder)/name,settings,0,[],None
 
+    def __call__(self, event_name):
+        "As any callback, but errors stay as they are"
+        if hasattr(type(self), event_name): getattr(self, event_name)()
+
     def before_fit(self):
         if not hasattr(self, 'seen'): self.seen = fingerprint(self.learn, self.settings)
 
