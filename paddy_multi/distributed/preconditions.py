@@ -32,6 +32,9 @@ def check_learner(
         if known: raise ValueError(f'across_processes cannot be combined with {type(cb).__name__}: {_refused[known]}')
     if isinstance(learn.model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ValueError(f'across_processes found a model in {type(learn.model).__name__}: give it the model itself')
+    if hasattr(learn.model, 'set_requires_gradient_sync') and not hasattr(learn, 'sharded'):
+        raise ValueError('across_processes found a model of fully_shard, whose learner would save one part for the '
+                         'whole: leave fully_shard to shard_learner(learn, parts=[...])')
     for name,m in learn.model.named_modules():
         if isinstance(m, nn.SyncBatchNorm):
             raise ValueError(f'across_processes cannot train SyncBatchNorm ({name}): it waits for the other processes '
