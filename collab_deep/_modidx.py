@@ -586,6 +586,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'collab_deep/train/learner.py'),
                                            'collab_deep.train.learner.CheckIds._check': ( 'collab_deep/train/learner.html#checkids._check',
                                                                                           'collab_deep/train/learner.py'),
+                                           'collab_deep.train.learner.CheckIds.before_fit': ( 'collab_deep/train/learner.html#checkids.before_fit',
+                                                                                              'collab_deep/train/learner.py'),
                                            'collab_deep.train.learner.CheckIds.before_train': ( 'collab_deep/train/learner.html#checkids.before_train',
                                                                                                 'collab_deep/train/learner.py'),
                                            'collab_deep.train.learner.CheckIds.before_validate': ( 'collab_deep/train/learner.html#checkids.before_validate',
