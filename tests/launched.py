@@ -13,8 +13,11 @@ from unittest.mock import patch
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
+from torch import nn
 
 import spread
+import spread_microbatch
+from paddy_multi.accumulate.microbatch import MicroBatch
 from paddy_multi.distributed.across import across_processes
 from paddy_multi.distributed.ranks import join_processes
 
@@ -27,6 +30,22 @@ def run_by_ddp(names):
     "What `spread.run_cases` finds where gradients are averaged in the backward pass"
     with patch.object(spread, 'across_processes', partial(across_processes, engine='ddp')):
         return spread.run_cases(names)
+
+
+def run_chunks_by_ddp(names):
+    "The same for `MicroBatch`"
+    with patch.object(spread, 'across_processes', partial(across_processes, engine='ddp')):
+        return {f'{o}_in_chunks': spread_microbatch.run_case(**spread_microbatch.CASES[o]) for o in names}
+
+
+def sometimes_in_chunks(engine):
+    "Weights of a model with a part that few chunks use, in the first of them or in the last"
+    def model():
+        torch.manual_seed(2)
+        return spread.Sometimes(*spread.mlp(), nn.Linear(32, 5).double())
+    learn = spread.learner(8, spread.cross_entropy, model=model, cbs=[MicroBatch(3)])
+    with across_processes(learn, engine=engine) as l: spread.quietly(l, lambda l: l.fit(4))
+    return spread.numbers_of(learn.model).tolist()
 
 
 class ScaledOnCPU(MixedPrecision):
@@ -64,9 +83,10 @@ class Exports(Callback):
         self.learn.names = [*self.model.state_dict()], type(self.model).__name__, 'forward' in vars(self.model)
 
 
-def run_engine(folder, names):
+def run_engine(folder, names, chunked):
     "Updates, overflows, and what callbacks find; then one process fails, and leaves the other in the backward pass"
-    found = dict(run_by_ddp(names), overflow={o: overflow(o) for o in ('meeting', 'ddp')})
+    found = dict(run_by_ddp(names), **run_chunks_by_ddp(chunked))
+    for f in overflow, sometimes_in_chunks: found[f.__name__] = {o: f(o) for o in ('meeting', 'ddp')}
     learn = spread.learner(8, spread.cross_entropy, cbs=[Exports()])
     with across_processes(learn, engine='ddp') as l: spread.quietly(l, lambda l: l.fit(1))
     found['callbacks'] = learn.names

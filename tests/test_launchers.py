@@ -19,6 +19,7 @@ SCRIPT = Path(__file__).with_name('launched.py')
 # --- the engine -----------------------------------------------------------------------------------------------------
 # Cases whose processes differ most in what they exchange; all of them where it may take long
 QUICK = 'plain one_item_last missing unused_parts accumulated learned_weights'.split()
+IN_CHUNKS = 'plain one_item_last missing mixup'.split()
 OTHERS = [o for o in [*spread.CASES, *spread.TABLES] if o not in QUICK]
 
 
@@ -34,19 +35,22 @@ def check_updates(name, found):
 def by_ddp(tmp_path_factory):
     "What two processes found, and how they ended"
     folder = tmp_path_factory.mktemp('ddp')
-    ended = in_processes(launched.run_engine, limit=180, folder=folder, names=QUICK)
+    ended = in_processes(launched.run_engine, limit=300, folder=folder, names=QUICK, chunked=IN_CHUNKS)
     files = [folder/f'{rank}.json' for rank in range(2)]
     assert all(o.exists() for o in files), ended[0].output + ended[1].output
     return [json.loads(o.read_text()) for o in files], ended, float((folder/'began').read_text())
 
 
-@pytest.mark.parametrize('name', QUICK)
+@pytest.mark.parametrize('name', [*QUICK, *[f'{o}_in_chunks' for o in IN_CHUNKS]])
 def test_updates_of_ddp_are_those_of_one_process(by_ddp, name): check_updates(name, [o[name] for o in by_ddp[0]])
 
 
 def test_a_part_that_one_process_has_used_moves_alike_by_ddp(by_ddp):
     first, second = (o['sometimes'] for o in by_ddp[0])
     assert first == second and first['moved'] > .1
+    first, second = (o['sometimes_in_chunks'] for o in by_ddp[0])
+    assert first == second
+    close(first['ddp'], first['meeting'], eps=1e-10)
 
 
 @pytest.mark.parametrize('engine', ['meeting', 'ddp'])
@@ -86,7 +90,7 @@ def environment():
     return {**env, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(SCRIPT.parent), *filter(None, sys.path)])}
 
 
-def ran(folder, command, *args, limit=120):
+def ran(folder, command, *args, limit=300):
     "Exit status and output of a script; whatever it has started is gone afterwards"
     process = subprocess.Popen([*command, str(SCRIPT), str(folder), *args], cwd=folder, env=environment(), text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)

@@ -59,10 +59,6 @@ class AcrossByDDP(AcrossProcesses):
         self.ddp = None
         super().before_fit()
 
-    def no_sync(self):
-        "A block in which forward and backward of some rows add to the gradients of this process alone"
-        return self.ddp.no_sync()
-
     def __call__(self, event_name):
         "What follows the backward pass finds the model as it is"
         if event_name in ('before_step', 'after_cancel_batch', 'after_batch'): self.unwrap()
