@@ -46,8 +46,8 @@ def of_numbers(n, rng, gaps):
 
 
 def of_two_targets(n, rng, gaps):
-    loss = combined_loss(kind=(nn.CrossEntropyLoss(WEIGHT, label_smoothing=.1), 4), ignored=None, age=(F.mse_loss, 1, .5),
-                         more=(nn.CrossEntropyLoss(reduction='sum'), 4))
+    loss = combined_loss(kind=(nn.CrossEntropyLoss(WEIGHT, label_smoothing=.1), 4), ignored=None,
+                         age=(F.mse_loss, 1, .5), more=(nn.CrossEntropyLoss(reduction='sum'), 4))
     kind, more = with_gaps(torch.randint(4, (2, n), generator=rng), rng, gaps)
     age = torch.randn(n, generator=rng, dtype=torch.float64)
     return loss, torch.randn(n, 9, generator=rng, dtype=torch.float64), (kind, kind, age, more)
@@ -83,8 +83,9 @@ class ByOutput:
 smoothed = nn.CrossEntropyLoss(WEIGHT, label_smoothing=.2)
 BATCHES = dict(labels=of_labels(F.cross_entropy), weights=of_labels(smoothed), pixels=of_labels(smoothed, 3, 2),
                summed=of_labels(nn.CrossEntropyLoss(reduction='sum')), log_likelihood=of_labels(partial(F.nll_loss)),
-               ignoring=of_labels(partial(F.cross_entropy, ignore_index=1), 5, gap=1), by_output=of_labels(ByOutput(), 2),
-               probabilities=of_probabilities, numbers=of_numbers, targets=of_two_targets, table=of_table(False),
+               ignoring=of_labels(partial(F.cross_entropy, ignore_index=1), 5, gap=1),
+               by_output=of_labels(ByOutput(), 2), probabilities=of_probabilities, numbers=of_numbers,
+               targets=of_two_targets, table=of_table(False),
                learned_weights=of_table(True))
 MIXED = ['labels', 'weights', 'summed', 'table', 'learned_weights']
 
@@ -104,7 +105,8 @@ def learner_of(loss, targs, rows, mix=None):
     learn = SimpleNamespace(loss_func=loss, yb=tuple(y[rows] for y in targs), xb=(), cbs=[], training=True)
     if mix is None: return learn
     cb, (others, lam) = MixUp(), mix
-    cb.learn, cb.stack_y, cb.old_lf, cb.yb1, cb.lam = learn, True, loss, tuple(y[others[rows]] for y in targs), lam[rows]
+    cb.learn, cb.stack_y, cb.old_lf = learn, True, loss
+    cb.yb1, cb.lam = tuple(y[others[rows]] for y in targs), lam[rows]
     learn.cbs, learn.loss_func = [cb], cb.lf
     return learn
 

@@ -122,7 +122,9 @@ def add_up(
     totals = sums_over(ranks, 'metrics', [_numbers(v) for *_,v in own])
     for (o,name,v),total in zip(own, totals): setattr(o, name, _as_before(v, total))
 
-def _numbers(v): return v if isinstance(v, Tensor) else torch.tensor([*v.values()] if isinstance(v, dict) else v).double()
+def _numbers(v):
+    if isinstance(v, Tensor): return v
+    return torch.tensor([*v.values()] if isinstance(v, dict) else v, dtype=torch.float64)
 
 def _as_before(v, total):
     "The sums `total` as a tensor, numbers by name or a number, as `v` is"
