@@ -284,28 +284,31 @@ def children_of(pid):
 
 @pytest.fixture
 def pictures(folder, learn, tmp_path):
-    "A folder with a model and one with 150 pictures"
+    "A folder with a model and one with 60 pictures"
     learn.export(tmp_path/'model.pkl')
     (tmp_path/'pictures').mkdir()
-    for o in get_image_files(folder/'images').sorted()[:150]: os.link(o, tmp_path/'pictures'/o.name)
+    for o in get_image_files(folder/'images').sorted()[:60]: os.link(o, tmp_path/'pictures'/o.name)
     return tmp_path
 
 
 def options(place): return '--model', place, '--files', place/'pictures', '--out', place/'p.csv', '--bs', 1, '--part', 1
 
 
-def parts_of(place): return {o: o.stat().st_mtime_ns for o in (place/'p.csv.parts').glob('*.csv')}
+def parts_of(place):
+    "Parts that are there, with the times when they were made"
+    try: return {o: o.stat().st_mtime_ns for o in (place/'p.csv.parts').glob('*.csv')}
+    except FileNotFoundError: return {}  # they have just been put together
 
 
 def stopped(place, processes, stop):
     "What a command prints that is stopped by `stop`, a function of it, as soon as it has made three parts; its code"
-    process, end = start(*options(place), '--processes', processes), time.monotonic()+120
+    process, end = start(*options(place), '--processes', processes), time.monotonic()+240
     try:
         while len(parts_of(place)) < 3:
             assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
             time.sleep(.005)
         stop(process)
-        printed = process.communicate(timeout=15)[0]
+        printed = process.communicate(timeout=90)[0]
     finally:
         try: os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError: pass
@@ -330,14 +333,14 @@ def test_the_command_goes_on_after_any_stop(pictures, learn, before, stop, after
     if stop is kill_second: assert code == 1 and 'Error: process' in printed and 'was killed by SIGKILL' in printed
     if stop in (ctrl_c, kill_second): assert 'the same command goes on with the rest' in printed
     kept = parts_of(pictures)
-    assert 3 <= len(kept) < 150
+    assert 3 <= len(kept) < 60
     process = start(*options(pictures), '--processes', after)
-    end = time.monotonic()+120
+    end = time.monotonic()+240
     while process.poll() is None and time.monotonic() < end:
         now = parts_of(pictures)
         assert not now or all(now.get(o, t) == t for o, t in kept.items())
         time.sleep(.1)
-    assert process.communicate(timeout=20)[0] == f'{pictures}/p.csv: 150 rows\n' and process.returncode == 0
+    assert process.communicate(timeout=90)[0] == f'{pictures}/p.csv: 60 rows\n' and process.returncode == 0
     assert (pictures/'p.csv').read_text() == one_by_one(learn, pictures)
     assert not (pictures/'p.csv.parts').exists()
 
