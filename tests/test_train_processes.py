@@ -34,6 +34,9 @@ COMMAND = Path(sys.executable).with_name('paddy-multi')
 WHOLE = 24  # items an update, for 1, 2 and 3 processes
 
 
+def limit(): return 15*max(1, os.getloadavg()[0]/os.cpu_count())  # 15 seconds of a machine that does nothing else
+
+
 @pytest.fixture(scope='module')
 def digits(tmp_path_factory):
     "Real digits, of which some have no slant"
@@ -177,7 +180,8 @@ def test_a_run_of_three_processes_goes_on_in_three_or_one(digits, tmp_path):
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
-SMALL = ['--targets', 'digit:category,slant,ink', '--arch', 'test_resnet', '--no-pretrained', '--size', '32', '--bs', '24']
+SMALL = ['--targets', 'digit:category,slant,ink', '--arch', 'test_resnet', '--no-pretrained', '--size', '32',
+         '--bs', '24']
 
 
 def command(*args): return [COMMAND, 'train', *map(str, args)]
@@ -203,7 +207,7 @@ def while_writing(out): return in_second_epoch(out) and any(out.glob('checkpoint
 
 
 def hit(out, *args, to=1, number=signal.SIGKILL, when=in_second_epoch, n=2):
-    "Exit code and messages of a command of which a process gets a signal; all have ended within 15 seconds"
+    "Exit code and messages of a command of which a process gets a signal; all have ended in time"
     process = subprocess.Popen(command('--out', out, '--processes', n, *args), stdout=subprocess.DEVNULL,
                                stderr=subprocess.PIPE, text=True, start_new_session=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
@@ -212,9 +216,10 @@ def hit(out, *args, to=1, number=signal.SIGKILL, when=in_second_epoch, n=2):
         while not when(out): assert process.poll() is None and time.monotonic() < end
         group, began = members(process.pid), time.monotonic()
         for pid in dict(agent=[process.pid]).get(to, [group.get(to)]): os.kill(pid, number)
-        said = process.communicate(timeout=30)[1]
-        while any(Path(f'/proc/{o}').exists() for o in group.values()) and time.monotonic()-began < 15: time.sleep(.1)
-        assert time.monotonic()-began < 15 and len(group) == n
+        said = process.communicate(timeout=120)[1]
+        while any(Path(f'/proc/{o}').exists() for o in group.values()) and time.monotonic()-began < limit():
+            time.sleep(.1)
+        assert time.monotonic()-began < limit() and len(group) == n
         return process.returncode, said
     finally: os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
 
@@ -264,7 +269,7 @@ def test_a_wish_to_stop_is_told_by_the_exit_code(digits, tmp_path, to, number, c
     out = tmp_path/'run'
     found, said = hit(out, '--data', digits, *SMALL, '--epochs', 40, to=to, number=number)
     assert found == code and 'Traceback' not in said and 'Error' not in said, said
-    if code == 130: assert f'Stopped. Finished epochs are kept: go on with paddy-multi train --resume --out {out}' in said
+    if code == 130: assert f'epochs are kept: go on with paddy-multi train --resume --out {out}' in said
     assert sorted(o.name for o in out.iterdir()) == ['checkpoint.pth']
 
 
@@ -288,7 +293,8 @@ def test_a_run_that_was_killed_ends_in_as_many_processes_as_one_that_was_not(dig
 @pytest.mark.slow
 def test_a_run_of_one_process_goes_on_in_three(digits, tmp_path):
     out = tmp_path/'run'
-    process = subprocess.Popen(command('--out', out, '--data', digits, *SMALL, '--epochs', 4), stdout=subprocess.DEVNULL)
+    args = command('--out', out, '--data', digits, *SMALL, '--epochs', 4)
+    process = subprocess.Popen(args, stdout=subprocess.DEVNULL)
     while not in_second_epoch(out): assert process.poll() is None
     process.kill()
     process.wait()
