@@ -155,7 +155,7 @@ UNDER = [('torchrun', 'ddp', 'forward', 'error', 'process 1 stopped: OSError: ca
          ('torchrun', 'ddp', 'forward', 'ctrl_c', 'KeyboardInterrupt'),
          ('torchrun', 'meeting', 'forward', 'ctrl_c', 'was told to stop by SIGINT'),
          ('torchrun', 'meeting', 'loading', 'sigkill', 'Signal 9 (SIGKILL) received'),
-         ('torchrun', 'meeting', 'worker', 'sigkill', 'ProcessFailed: process 1 stopped: RuntimeError: DataLoader worker'),
+         ('torchrun', 'meeting', 'worker', 'sigkill', 'process 1 stopped: RuntimeError: DataLoader worker'),
          ('accelerate', 'ddp', 'forward', 'error', 'process 1 stopped: OSError: cannot read picture 17'),
          ('accelerate', 'ddp', 'backward', 'sigkill', 'Signal 9 (SIGKILL) received'),
          ('accelerate', 'meeting', 'predictions', 'error', 'ProcessFailed: process 1 stopped: OSError: cannot read')]

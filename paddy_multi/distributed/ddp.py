@@ -43,7 +43,7 @@ def averaged(
     params:list, # Its parameters that train
     ranks:Ranks, # The processes that have one each
 )->DistributedDataParallel|None: # With the `forward` of `model`; None without parameters
-    "Run `model` so that its gradients are averaged in the backward pass; parts that were not used may differ by process"
+    "Run `model` with gradients that are averaged in the backward pass; processes may use other parts of it"
     if not params: return None
     return DistributedDataParallel(Forward(params, model.forward), process_group=ranks.group_of(params[0]),
                                    init_sync=False, find_unused_parameters=True)
