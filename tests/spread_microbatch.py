@@ -101,7 +101,7 @@ CASES = dict(
     memory_of_a_backward_pass=dict(bs=8, auto=True, whole_head=True,
                                    model=partial(small_card_under_head, where=(1,), always=False)),
     enough_memory=dict(bs=8, auto=True))
-IN_CHUNKS = 'plain adam_weights_clip mixup'.split()  # one process runs chunks as well
+IN_CHUNKS = 'plain missing cutmix'.split()  # one process runs chunks as well
 
 
 def fit(learn, epochs):
@@ -166,14 +166,16 @@ def run_refused(loss=cross_entropy, n=81, y=None, bs=3):
 def centred(): return nn.Sequential(*mlp(), Centred())
 
 
-def predictions(learn): return learn.validate(), learn.get_preds(with_input=True, with_loss=True), learn.validate(ds_idx=0)
+def predictions(learn):
+    return learn.validate(), learn.get_preds(with_input=True, with_loss=True), learn.validate(ds_idx=0)
 
 
 def run_predictions():
     "Of learners with metrics, without, and whose layers mix rows: in all processes, and in one"
     res = []
     for metrics in [], [accuracy]:
-        ours, one = (learner(bs, cross_entropy, 33, metrics=metrics, cbs=cbs) for bs, cbs in ((8, [MicroBatch(3)]), (16, [])))
+        ours, one = (learner(bs, cross_entropy, 33, metrics=metrics, cbs=cbs)
+                     for bs, cbs in ((8, [MicroBatch(3)]), (16, [])))
         with alone(): expected = quietly(one, predictions)
         with across_processes(ours) as l: res.append((quietly(l, predictions), expected))
     learn = learner(8, cross_entropy, 33, model=centred, cbs=[MicroBatch(4)])
@@ -187,4 +189,4 @@ def run_all(names):
     return found | {f'{name}_in_chunks': run_case(**CASES[name], chunked=True) for name in IN_CHUNKS if name in names}
 
 
-def run_others(): return {name: run_refused(**o) for name, o in REFUSED.items()}, run_predictions()
+def run_quick(names): return run_all(names), {name: run_refused(**o) for name, o in REFUSED.items()}, run_predictions()
