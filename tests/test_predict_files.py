@@ -55,7 +55,7 @@ def expected(learn, files): return predict_named(learn, files).to_csv()
 
 
 class Batches(Callback):
-    "Counts batches, and fails in that of number `fails`, or waits in it for a file that another has left when it failed"
+    "Counts batches, and fails in that of number `fails`, or waits for the file `left` that one that fails leaves"
     def __init__(self, fails=None, left=None): self.n, self.fails, self.left = 0, fails, left
     def before_batch(self):
         if self.n == self.fails:
