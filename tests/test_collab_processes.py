@@ -9,7 +9,7 @@ from paddy_multi.core.checks import test_close as close
 from paddy_multi.distributed.launch import in_processes
 
 
-def results(run, n=2, limit=200, **kwargs): return [o.result for o in in_processes(run, n, limit, **kwargs)]
+def results(run, n=2, limit=400, **kwargs): return [o.result for o in in_processes(run, n, limit, **kwargs)]
 
 
 @pytest.fixture(scope='module')
@@ -71,7 +71,7 @@ def test_tables_in_parts_are_trained_as_whole_ones(parts, name): in_parts([o['ca
 
 @pytest.mark.slow
 def test_tables_in_three_parts(tmp_path):
-    three = results(collab_spread.run_parts, 3, 400, names=collab_spread.IN_PARTS, folder=tmp_path)
+    three = results(collab_spread.run_parts, 3, 500, names=collab_spread.IN_PARTS, folder=tmp_path)
     for name in collab_spread.IN_PARTS: in_parts([o['cases'][name] for o in three])
     used_alike(three)
 

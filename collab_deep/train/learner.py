@@ -71,8 +71,8 @@ class CheckIds(OwnEvents):
     def before_fit(self):
         if getattr(self.model, 'shards', None) is None or self.learn.lock.locked(): return
         if any(o.__name__ == 'MicroBatch' for cb in self.learn.cbs for o in type(cb).__mro__):
-            raise ValueError('MicroBatch cuts the rows of each process by their number, and tables in parts are read by '
-                             'all processes at once: leave it out, and use a smaller bs')
+            raise ValueError('MicroBatch cuts the rows of each process by their number, and tables in parts are read '
+                             'by all processes at once: leave it out, and use a smaller bs')
 
     def before_train(self):
         self._check(self.learn.dl)
