@@ -139,7 +139,8 @@ def calls_of(learn):
     return dict(preds=preds.tolist(), targs=targs.tolist(), validated=values,
                 one=float(learn.get_preds(dl=learn.dls.test_dl(df[:1]))[0]),
                 pairs=predict_pairs(learn, df).tolist(), lists=recommend(learn, [3, 4], 5).to_dict('list'),
-                measured=evaluate_ranking(learn, 5).value.tolist(), new=recommend(learn, {101: 5., 104: 2.}).item.tolist())
+                measured=evaluate_ranking(learn, 5).value.tolist(),
+                new=recommend(learn, {101: 5., 104: 2.}).item.tolist())
 
 
 def run_calls():
@@ -200,9 +201,11 @@ def refusals(learn):
         except (ValueError, TypeError) as e: return str(e)
     return dict(explain=said(lambda: explain(learn, 3, 104)), similar=said(lambda: similar_items(learn, 104)),
                 bias=said(lambda: item_bias(learn)), new=said(lambda: recommend(learn, {104: 5.})),
-                save=said(lambda: learn.save('x')), load=said(lambda: learn.load('x')), export=said(lambda: learn.export()),
+                save=said(lambda: learn.save('x')), load=said(lambda: learn.load('x')),
+                export=said(lambda: learn.export()),
                 find=said(lambda: learn.lr_find()),
-                others=said(lambda: recommend(learn, [3+join_processes(60).rank])), twice=said(lambda: shard_tables(learn)))
+                others=said(lambda: recommend(learn, [3+join_processes(60).rank])),
+                twice=said(lambda: shard_tables(learn)))
 
 
 def uses(learn, folder):
@@ -245,7 +248,8 @@ def resumed(learn, folder):
     other = shard_tables(learner(8, prepare=lambda model: nn.init.zeros_(model.users.weight)))
     load_sharded(other, folder)
     same = [torch.equal(a.to_local(), b.to_local()) for a, b in zip(other.model.parameters(), learn.model.parameters())]
-    moments = [torch.equal(a.to_local(), b.to_local()) for p, q in zip(other.model.parameters(), learn.model.parameters())
+    moments = [torch.equal(a.to_local(), b.to_local())
+               for p, q in zip(other.model.parameters(), learn.model.parameters())
                for a, b in zip(state_of(other, p), state_of(learn, q)) if a.numel() > 1]
     return same, moments
 
