@@ -182,8 +182,8 @@ def check_shardable(
     "`TypeError` for a model that reads whole tables, or has none"
     for o in model.modules():
         if isinstance(o, KeptTables) and type(o).work_out_tables is not KeptTables.work_out_tables:
-            raise TypeError(f'{type(o).__name__} works its tables out of whole ones for every batch, so that none can be '
-                            f'cut: train it in several processes without shard_tables, which is as exact')
+            raise TypeError(f'{type(o).__name__} works its tables out of whole ones for every batch, so that none can '
+                            f'be cut: train it in several processes without shard_tables, which is as exact')
     if sum(isinstance(o, CollabModel) for o in model.modules()) > 1:
         raise TypeError(f'{type(model).__name__} holds other models: train each of them with its tables in parts')
     if not isinstance(model, CollabModel) or not model.id_tables():
@@ -206,7 +206,8 @@ def shard_tables(
     tables = {id(o) for o in model.id_tables()}
     for o in [*model.modules()]:
         for name,child in o._modules.items():
-            if isinstance(child, nn.Embedding) and id(child.weight) in tables: o._modules[name] = ShardedEmbedding.of(child, shards)
+            if isinstance(child, nn.Embedding) and id(child.weight) in tables:
+                o._modules[name] = ShardedEmbedding.of(child, shards)
     model.shards = shards
     if hasattr(learn, 'opt'): learn.opt = None  # it has the tables that were whole
     return learn
