@@ -8,15 +8,18 @@ from pathlib import Path
 
 import fastai.callback.schedule  # fit_one_cycle and lr_find
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from fastai.basics import Adam, Callback, OptimWrapper, QHAdam, RAdam, RMSProp, SGD, params
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
+from fastai.callback.training import GradientClip
 from fastai.optimizer import Lamb, Larc
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import spread
 import spread_calls
+from paddy_multi.accumulate.microbatch import MicroBatch
 from paddy_multi.core.tensors import replaced
 from paddy_multi.distributed.across import across_processes
 from paddy_multi.distributed.checkpoints import KeepSharded, load_sharded, save_sharded
@@ -41,7 +44,8 @@ def in_parts(**kwargs):
     def of(make):
         def made(bs, *args, **settings):
             learn = make(bs, *args, **settings)
-            return shard_learner(learn, **kwargs) if bs == 8 else learn
+            if bs == 8: return shard_learner(learn, **kwargs)
+            return learn.remove_cbs(MicroBatch)
         return made
     with (replaced(spread, 'learner', of(spread.learner)), replaced(spread, 'numbers_of', numbers_of),
           replaced(spread, 'table_learner', of(spread.table_learner))): yield
@@ -50,18 +54,34 @@ def in_parts(**kwargs):
 CASES = spread.CASES | dict(
     decay=dict(opt=partial(Adam, wd=.1)), l2=dict(opt=partial(SGD, mom=.9, wd=.1, decouple_wd=False)),
     rms=dict(opt=partial(RMSProp, mom=.9)), radam=dict(opt=RAdam), qhadam=dict(opt=QHAdam), larc=dict(opt=Larc),
-    lamb=dict(opt=Lamb), adamw=dict(opt=partial(OptimWrapper, opt=torch.optim.AdamW)))
+    lamb=dict(opt=Lamb), adamw=dict(opt=partial(OptimWrapper, opt=torch.optim.AdamW)),
+    chunks=dict(cbs=lambda: [MicroBatch(3)]), one_at_a_time=dict(n=33, cbs=lambda: [MicroBatch(1)]),
+    chunks_clip=dict(y=spread.missing, opt=Adam, loss=lambda: nn.CrossEntropyLoss(weight=spread.weights),
+                     cbs=lambda: [MicroBatch(3), GradientClip(.1)]))
 # Three processes, and copies of parts
-FEW = 'plain one_item_last missing adam_weights_clip pairs mixup accumulated declared learned_weights adamw'.split()
+FEW = 'plain one_item_last missing adam_weights_clip pairs mixup chunks chunks_clip learned_weights adamw'.split()
 
 
 def run_updates(names, copies=0):
     "What `spread.compare` finds, by name of the case; with `copies`, a mesh of so many copies of all parts"
     n = join_processes(60).world_size
-    mesh = init_device_mesh('cpu', (copies, n//copies)) if copies else None
+    names = dict(mesh_dim_names=('copies', 'parts'))
+    mesh = init_device_mesh('cpu', (copies, n//copies), **names) if copies else None
     with in_parts(mesh=mesh):
-        return {name: spread.run_table(spread.TABLES[name]) if name in spread.TABLES else spread.run_case(**CASES[name])
-                for name in names}
+        return {name: counted(spread.run_table, spread.TABLES[name]) if name in spread.TABLES else
+                counted(spread.run_case, **CASES[name]) for name in names}
+
+
+def counted(f, *args, **kwargs):
+    "What `f` gives, and how often `fully_shard` has exchanged gradients"
+    times = []
+    def counting(exchange):
+        def counted(*args, **kwargs):
+            times.append(1)
+            return exchange(*args, **kwargs)
+        return counted
+    name = next(o for o in ('reduce_scatter_single', 'reduce_scatter_tensor') if hasattr(dist, o))  # newer and older
+    with replaced(dist, name, counting(getattr(dist, name))): return {**f(*args, **kwargs), 'reduced': len(times)}
 
 
 # --- the same calls -------------------------------------------------------------------------------------------------
@@ -80,9 +100,6 @@ def differ(ours, one): return float((numbers_of(ours.model)-numbers_of(one.model
 def said(f):
     try: f()
     except Exception as e: return f'{type(e).__name__}: {e}'
-
-
-class Whole(Callback): whole_head = True
 
 
 class KeepEpochs(Callback): "Named as one that writes whole models"
@@ -118,7 +135,10 @@ def run_calls(folder):
     with alone(): quietly(one, lambda l: l.fit(1, .05))
     found['loaded'] = differ(ours, one)
     found['refused'] = [said(lambda: ours.export()), said(lambda: shard_learner(ours))]
-    for cb in (Whole(), KeepEpochs()): found['refused'].append(said(lambda: ours.fit(1, cbs=cb)))
+    with across_processes(ours):
+        for cb in (MicroBatch(3, whole_head=True), MicroBatch(3, auto=True), KeepEpochs()):
+            found['refused'].append(said(lambda: ours.fit(1, cbs=cb)))
+            ours.remove_cb(cb)
     return found
 
 

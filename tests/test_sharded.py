@@ -39,6 +39,13 @@ def test_no_gradient_is_averaged_twice(two):
     assert calls['learned_weights'] == two[0]['updates']['learned_weights']['updates']
 
 
+def test_gradients_are_exchanged_once_an_update(two):
+    "For each of two parts, also where a batch is run in chunks"
+    for name in ('plain', 'chunks', 'chunks_clip', 'one_at_a_time'):
+        found = two[0]['updates'][name]
+        assert found['reduced'] == 2*found['updates'], name
+
+
 def test_calls_of_fastai_give_what_one_process_gives(two):
     for o in two:
         found = o['calls']
@@ -56,10 +63,11 @@ def test_a_process_holds_its_part_alone(two):
 def test_what_parts_cannot_do_is_refused_in_all(two):
     first, second = (o['calls']['refused'] for o in two)
     assert first == second
-    export, again, whole_head, keep = first
+    export, again, whole_head, auto, keep = first
     assert export.startswith("ValueError: a learner in parts cannot be exported: after learn.save('whole')")
     assert again.startswith('ValueError: the model is in parts already')
-    assert 'cannot train with Whole: whole_head needs head and outputs whole' in whole_head
+    for text, name in ((whole_head, 'whole_head'), (auto, 'auto')):
+        assert f'MicroBatch found a model of fully_shard, and {name}=True' in text
     assert 'cannot train with KeepEpochs: it writes whole models: use KeepSharded' in keep
 
 
