@@ -33,9 +33,11 @@ def check_mesh(
     n:int, # Processes
 ):
     "`ValueError` for a mesh that is not of all processes, in one dimension or two"
-    if mesh.size() == n and mesh.ndim in (1, 2): return
-    raise ValueError(f'expected a mesh of all {n} processes with one dimension, or with two (copies, parts), found '
-                     f'the shape {tuple(mesh.shape)}: leave out mesh, or give init_device_mesh as many')
+    names = mesh.mesh_dim_names
+    if mesh.size() == n and (mesh.ndim == 1 or mesh.ndim == 2 and names): return
+    raise ValueError(f'expected a mesh of all {n} processes with one dimension, or with two (copies, parts) that have '
+                     f'names, found the shape {tuple(mesh.shape)} and the names {names}: leave out mesh, or make it '
+                     "as init_device_mesh('cuda', (2, 4), mesh_dim_names=('copies', 'parts'))")
 
 # %% ../../nbs/paddy_multi/distributed/11_sharded.ipynb #n010
 def shard_model(
@@ -72,7 +74,7 @@ class Sharded(Callback):
     def before_fit(self):
         "`ValueError` for callbacks and optimizers that a model in parts cannot train with"
         for cb in self.learn.cbs:
-            why = _refused.get(type(cb).__name__, _whole if getattr(cb, 'whole_head', False) else None)
+            why = _refused.get(type(cb).__name__)
             if why: raise ValueError(f'a model in parts cannot train with {type(cb).__name__}: {why}')
         _check_opt(self.opt, self.model)
 
@@ -86,7 +88,6 @@ def _check_opt(opt, model):
         raise ValueError('the optimizer has parameters that the model does not have, as one made before '
                          'shard_learner: let opt_func be a function that makes one')
 
-_whole = 'whole_head needs head and outputs whole: leave it out'
 _refused = dict(KeepEpochs='it writes whole models: use KeepSharded',
                 ModelToHalf='parts keep their type: give shard_learner a mp_policy of torch.distributed.fsdp')
 
@@ -198,7 +199,7 @@ def into_parts(
 def shard_learner(
     learn:Learner, # The same in all processes, before it has trained
     parts:list=None, # Modules that are brought together as a whole, inner ones first; the model's children by default
-    mesh=None, # `DeviceMesh` of all processes, in one dimension, or in two: copies, and parts of each
+    mesh=None, # `DeviceMesh` of all processes, in one dimension, or in two with names: copies, parts
     timeout:float=1800., # Seconds that a process may let the others wait
     **kwargs, # Passed to `fully_shard`: `mp_policy`, `offload_policy`, `reshard_after_forward`
 )->Learner: # `learn`
