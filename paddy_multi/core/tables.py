@@ -156,6 +156,7 @@ def csv_safe(
     def safe_names(index): return index.map(safe).set_names(list(map(safe, index.names)))
     def is_text(o): return not (pd.api.types.is_numeric_dtype(o) or pd.api.types.is_datetime64_any_dtype(o))
     columns = [df.iloc[:,i] for i in range(df.shape[1])]
-    columns = [o.astype(object).map(safe) if is_text(o.dtype) else o for o in columns]
+    def safe_column(o): return pd.Series([safe(v) for v in o], o.index, dtype=object, name=o.name)
+    columns = [safe_column(o) if is_text(o.dtype) else o for o in columns]
     safe_df = pd.concat(columns, axis=1) if columns else df.copy()
     return safe_df.set_axis(safe_names(df.columns), axis=1).set_axis(safe_names(df.index))

@@ -76,10 +76,7 @@ def rows_as_csv(
     header:bool, # With names of columns?
 )->str:
     "Rows of a CSV"
-    if not raw:
-        gaps = {name: o.where(o.notna(), '') for name,o in df.items() if o.dtype == object}
-        df = csv_safe(df.assign(**gaps))
-    return df.to_csv(header=header)
+    return (df if raw else csv_safe(df)).to_csv(header=header)
 
 # %% ../../nbs/paddy_multi/use/06_many_files.ipynb #n022
 class HeedSignals(Callback):
