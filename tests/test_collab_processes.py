@@ -112,5 +112,5 @@ def test_what_needs_whole_tables_is_refused_in_all_processes(parts, call, text):
 def test_a_process_that_fails_ends_all(where):
     ended = in_processes(collab_spread.fail_in_parts, 2, 120, where=where)
     assert all(o.code for o in ended)
-    assert 'OSError: no more of this' in ended[1].output
-    assert 'process 1' in ended[0].output and max(o.seconds for o in ended) < 100
+    assert 'no more of this' in ended[1].output
+    assert 'process 1 was killed, or ended' in ended[0].output and ended[0].seconds - ended[1].seconds < 15
