@@ -235,17 +235,19 @@ def run_case(n=81, loss=cross_entropy, mixed=None, metrics=lambda: [], cbs=lambd
 
 # --- declared targets -----------------------------------------------------------------------------------------------
 def table_learner(bs, weighting):
-    "Three targets of a synthetic table, whose labels are missing unevenly"
+    "Targets of a synthetic table, whose labels are missing unevenly; the last batch of validation has one item"
     seed(3)
-    g, n = np.random.default_rng(0), 81
+    g, n = np.random.default_rng(0), 60+49
     df = pd.DataFrame(dict(a=g.choice([*'xyz'], n), b=g.normal(size=n), c=g.integers(0, 5, n)))
+    df['more'], df['off'] = g.choice([*'xyz'], n), g.normal(size=n)
     df.loc[g.random(n) < .5, 'a'], df.loc[g.random(n) < .3, 'b'] = None, np.nan
     df.loc[:50, 'a'], df.loc[20:26, 'b'] = None, np.nan
     targets = Targets(a=CategoryTarget(lambda r: r['a']), b=RegressionTarget(lambda r: r['b']),
-                      c=OrdinalTarget(lambda r: r['c'], vocab=[*range(5)]))
+                      c=OrdinalTarget(lambda r: r['c'], vocab=[*range(5)]), more=CategoryTarget(lambda r: r['more']),
+                      off=RegressionTarget(lambda r: r['off'], loss=nn.L1Loss()))
     inputs = torch.randn(n, 20, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     block = DataBlock(blocks=(TransformBlock(item_tfms=[]), targets.block), get_x=lambda r: inputs[int(r.name)],
-                      get_y=targets.get_y, splitter=IndexSplitter(range(60, 81)))
+                      get_y=targets.get_y, splitter=IndexSplitter(range(60, n)))
     dls = block.dataloaders(df, bs=bs, num_workers=0, device='cpu', drop_last=False)
     body, head = mlp()[0], nn.Linear(32, dls.targets.n_out)
     learn = multi_target_learner(dls, body, head=head, weighting=weighting, opt_func=Adam, cbs=SeenLosses())

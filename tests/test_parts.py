@@ -15,10 +15,13 @@ from paddy_multi.distributed.launch import in_processes
 from paddy_multi.distributed.parts import part_of_loss, part_over
 from paddy_multi.distributed.ranks import join_processes
 from paddy_multi.kinds.category import CategoryTarget
+from paddy_multi.kinds.count import CountTarget
+from paddy_multi.kinds.multicategory import MultiCategoryTarget
 from paddy_multi.kinds.ordinal import OrdinalTarget
 from paddy_multi.kinds.regression import RegressionTarget
 from paddy_multi.targets.declare import Targets
 from paddy_multi.targets.loss import learn_weights
+from paddy_multi.targets.metrics import TotalLoss
 from paddy_multi.targets.slices import combined_loss
 
 WEIGHT = torch.tensor([1., 2., 5., .5], dtype=torch.float64)
@@ -176,6 +179,75 @@ def test_parts_of_all_processes_are_the_loss(name, seed, sizes, bs, gaps): holds
 @settings(max_examples=40, deadline=None)
 @given(**cases)
 def test_parts_of_mixed_labels_are_the_loss(name, seed, sizes, bs, gaps): holds(name, seed, sizes, bs, gaps, True)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_labels_in_half_precision_are_counted(dtype):
+    loss, preds, (rows,) = of_table(False)(9000, torch.Generator().manual_seed(0), .2)
+    rows = rows.to(dtype)
+    value, grad = added_up(loss, preds, (rows,), [5000, 4000], 4500, None)
+    expected, whole = of_one(loss, preds, (rows.double(),), None)
+    close(value, expected, 1e-6)
+    close(grad*9000, whole*9000, 1e-6)
+
+
+# --- batches of declared targets without rows -------------------------------------------------------------------------
+def weighted(): return CategoryTarget(loss=nn.CrossEntropyLoss(torch.tensor([1., 2., 5.])))
+def in_units(loss): return RegressionTarget(loss=loss, scale='none')
+
+
+KINDS = dict(category=CategoryTarget, weighted=weighted, ordinal=lambda: OrdinalTarget(vocab=[*'xyz']),
+             regression=RegressionTarget, in_a_range=lambda: RegressionTarget(range=(-1, 20)),
+             absolute=lambda: RegressionTarget(loss=nn.L1Loss()), share=lambda: in_units(nn.BCEWithLogitsLoss()),
+             count=CountTarget, rate=lambda: CountTarget(loss=nn.PoissonNLLLoss()), tags=MultiCategoryTarget,
+             margins=lambda: MultiCategoryTarget(loss=nn.MultiLabelSoftMarginLoss()))
+
+
+def labels_of(kind):
+    if kind in ('category', 'weighted', 'ordinal'): return [*'xyzxxyzx']
+    if kind in ('tags', 'margins'): return [['p'], ['q', 'r'], [], ['p', 'q'], ['r'], ['p'], [], ['q']]
+    return [.1, .2, .9, .4, .5, .8, .3, .7] if kind == 'share' else [0, 1, 2, 5, 3, 1, 0, 7]
+
+
+def declared(kinds):
+    "A fitted table with two targets of each kind, encoded labels of which some are missing, and an output"
+    names = [f'{kind}{i}' for kind in kinds for i in range(2)]
+    items = [{name: labels_of(name[:-1])[(i+int(name[-1]))%8] for name in names} for i in range(8)]
+    table, rng = Targets({name: KINDS[name[:-1]]() for name in names}).fit(items), torch.Generator().manual_seed(0)
+    rows = torch.stack([table.encode(o) for o in items])
+    for t in table: rows[torch.rand(8, generator=rng) < .3, t.cols] = float('nan')
+    return table, rows, torch.randn(8, table.n_out, generator=rng)
+
+
+def measured(table, rows, preds, cuts):
+    "All metrics over batches from cut to cut"
+    metrics, loss = [*table.metrics(), TotalLoss(table.loss())], table.loss()
+    for m in metrics: m.reset()
+    for a, b in zip(cuts, cuts[1:]):
+        learn = SimpleNamespace(pred=preds[a:b], y=rows[a:b], yb=(rows[a:b],), loss_func=loss, to_detach=lambda o: o)
+        for m in metrics: m.accumulate(learn)
+    return {m.name: m.value for m in metrics}
+
+
+@pytest.mark.parametrize('kinds', [*([o] for o in KINDS), [*KINDS]], ids='-'.join)
+@pytest.mark.parametrize('learned', [False, True])
+def test_a_batch_without_rows_costs_and_adds_nothing(kinds, learned):
+    table, rows, preds = declared(kinds)
+    loss, none = table.loss(), preds[:0].requires_grad_()
+    penalty = 0.
+    if learned:
+        learn_weights(model := nn.Linear(1, 1), loss)
+        model.log_vars.data.fill_(.3)
+        penalty = .15*len(table)
+    for reduction in 'mean', 'sum':
+        value = loss(none, rows[:0], reduction=reduction)
+        close(value.detach(), torch.tensor(penalty if reduction == 'mean' or learned else 0.), 1e-6)
+    value.backward()
+    assert none.grad.shape == none.shape
+    with torch.no_grad(): assert loss(none, rows[:0], reduction='none').shape == (0,)
+    for o in (loss.counts(rows[:0]), *loss.parts(none, rows[:0])): close(o.detach(), torch.zeros(len(table)), 0.)
+    found, expected = (measured(table, rows, preds, cuts) for cuts in ((0, 0, 5, 8, 8), (0, 5, 8)))
+    assert found == expected and len(found) > 2*len(table)
 
 
 def run_losses(seeds):

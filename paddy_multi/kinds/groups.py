@@ -10,6 +10,12 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/paddy_multi/kinds/09_groups.ipynb #n006
+def at_least_float32(
+    x:Tensor, # Losses, or what labels count
+)->Tensor:
+    "`x` in no less than float32: half precision cannot count above 2,048"
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
 class TargetGroup:
     "Targets that are computed in one call"
     def __init__(self,
@@ -23,28 +29,30 @@ class TargetGroup:
         x:Tensor, # Output or encoded targets of the group, `[bs, n*columns]`
     )->Tensor: # `[bs*n, columns]`
         "A row for every item and target"
-        return x.reshape(len(x)*self.n, -1)
+        return x.reshape(len(x)*self.n, x.shape[1]//self.n)
 
     def item_counts(self,
         y:Tensor, # Encoded targets of the group, as `rows` gives them
         filled:Tensor=None, # The same as the target's `filled` gives them, if it is at hand
     )->tuple: # Which labels are there, and what these count, `[bs, n]`; the same tensor where each counts 1
-        "Counts of every item and target of the group, any number where a label is missing"
+        "Counts of every item and target of the group in float32 or more, any number where a label is missing"
         valid = self.target.valid(y).view(-1, self.n)
         if self.target.counts_alike(): return valid,valid
         counts = self.target.counts(self.target.filled(y) if filled is None else filled)
-        return valid,counts.view(-1, self.n)
+        return valid,at_least_float32(counts).view(-1, self.n)
 
     def item_losses(self,
         preds:Tensor, # Output of the group `[bs, n*width]`
         targs:Tensor, # Encoded targets of the group `[bs, n*n_cols]`
     )->tuple: # Losses and counts, any number where a label is missing, and which are there between, `[bs, n]`
-        "Losses and counts of every item and target of the group"
+        "Losses and counts of every item and target of the group, in float32 or more"
         y = self.rows(targs)
         filled = self.target.filled(y)
         valid,counts = self.item_counts(y, filled)
-        losses = self.target.labelled_losses(self.rows(preds), filled, valid.view(-1))
-        return losses.view(-1, self.n),valid,counts
+        preds = self.rows(preds)
+        # A loss of the user's need not know what to do without rows
+        losses = self.target.labelled_losses(preds, filled, valid.view(-1)) if len(preds) else preds.sum(1)
+        return at_least_float32(losses).view(-1, self.n),valid,counts
 
 # %% ../../nbs/paddy_multi/kinds/09_groups.ipynb #n011
 def groups_of(

@@ -90,7 +90,6 @@ class MultiTargetLoss:
         if reduction not in ('mean', 'sum', 'none'):
             raise ValueError(f"expected reduction 'mean', 'sum' or 'none', found {reduction!r}")
         losses,valid,own = self._losses(plain(preds), plain(targs))
-        if losses.dtype in (torch.float16, torch.bfloat16): losses = losses.float()
         by_item = reduction == 'none' and not torch.is_grad_enabled()
         if by_item or reduction == 'sum': share = self._weights_of(losses)
         else: share = self._share(losses, own.sum(0) if counts is None else self._losses.grouped(counts))
@@ -151,7 +150,7 @@ def item_parts(self:MultiTargetLoss,
     "What `parts` adds up; `ValueError` for an output or targets of another width than declared"
     losses,valid,counts = self._losses(plain(preds), plain(targs))
     losses = torch.where(valid, losses, zero(losses))
-    return LossParts(*map(self._losses.in_order, (losses, counts.to(targs.dtype))))
+    return LossParts(*map(self._losses.in_order, (losses, counts.to(_precise(targs)))))
 
 @patch
 def counts(self:MultiTargetLoss,
@@ -159,7 +158,11 @@ def counts(self:MultiTargetLoss,
 )->Tensor: # `[n_targets]`
     "The `counts` of `parts`, which need no output"
     _,counts = self._losses.item_counts(plain(targs))
-    return self._losses.in_order(counts.sum(0).to(targs.dtype))
+    return self._losses.in_order(counts.sum(0).to(_precise(targs)))
+
+def _precise(targs):
+    "The type of `targs`, or float32 where half precision would not hold a sum over them"
+    return torch.promote_types(targs.dtype, torch.float32)
 
 # %% ../../nbs/paddy_multi/targets/04_loss.ipynb #c033
 @patch

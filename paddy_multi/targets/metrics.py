@@ -16,7 +16,7 @@ from fastcore.basics import patch
 
 from ..core.columns import Columns, OnDevice, zero
 from ..core.tensors import plain
-from ..kinds.groups import TargetGroup
+from ..kinds.groups import TargetGroup, at_least_float32
 from ..kinds.target import in_double
 from .loss import check_same_targets
 from .sliced_metrics import OneTarget, float64_kept, metric_name
@@ -110,7 +110,7 @@ class _LabelledOnly(OneTarget):
 class SharedSums:
     "What several metrics sum over a split: in each batch the first that is asked computes it for all"
     def __init__(self,
-        parts, # Function of output and targets that gives sums and counts, both `[n]`
+        parts, # Function of output and targets that gives what items add to sums and counts, both `[bs, n]`
         targets:list=(), # The fitted targets that are summed
     ): self.parts,self.targets = parts,targets
 
@@ -124,10 +124,12 @@ class SharedSums:
         if self.totals is None: check_same_targets(self.targets, learn, getattr(learn, 'dl', None))
         self._pred,self._asked = learn.pred,{who}
         with torch.no_grad(): parts = self.parts(plain(learn.pred).float(), plain(learn.y))
-        parts = in_double(torch.stack([*parts]))
+        parts = in_double(torch.stack([_sum_of(o) for o in parts]))
         self.totals = parts if self.totals is None else self.totals+parts
 
     def __getstate__(self): return dict(parts=self.parts, targets=self.targets)  # an exported learner holds no batch
+
+def _sum_of(items): return items.sum(0, dtype=None if items.device.type == 'mps' else torch.float64)
 
 # %% ../../nbs/paddy_multi/targets/05_metrics.ipynb #c022
 class TargetMean(Metric):
@@ -149,7 +151,7 @@ class TargetMean(Metric):
 
 # %% ../../nbs/paddy_multi/targets/05_metrics.ipynb #c025
 class ItemMeans:
-    "Sums and counts of one metric for targets that are computed together"
+    "What items add to sums and counts of one metric, for targets that are computed together"
     def __init__(self,
         targets:list, # Fitted targets of one `group_key`
         metric, # A metric for which their kind gives a value for each item
@@ -162,10 +164,9 @@ class ItemMeans:
         if self._values is None: self._values = self.group.target.item_values(self.metric)
         if self.group.target.is_number: preds,targs = in_double(preds),in_double(targs)
         p,y = self.group.rows(self._out(preds)),self.group.rows(self._cols(targs))
-        valid,values = self.group.target.valid(y),self._values(p, y.nan_to_num(0.))
-        if values.dtype != torch.float64: values = values.float()
-        sums,counts = (o.view(len(preds), -1).sum(0) for o in (values.where(valid, zero(values)), valid))
-        return sums*self._scale(values),counts
+        valid,values = self.group.target.valid(y),at_least_float32(self._values(p, y.nan_to_num(0.)))
+        values,valid = (o.view(-1, self.group.n) for o in (values.where(valid, zero(values)), valid))
+        return values*self._scale(values),valid
 
     def __getstate__(self): return {**self.__dict__, '_values': None}  # a function made here is not pickled
 
@@ -198,7 +199,7 @@ class TotalLoss(Metric):
     name = 'loss'
     def __init__(self,
         loss, # `MultiTargetLoss`
-    ): self.loss,self.sums = loss,SharedSums(loss.parts, [*loss.table])
+    ): self.loss,self.sums = loss,SharedSums(loss.item_parts, [*loss.table])
 
     def reset(self): self.sums.reset()
     def accumulate(self, learn): self.sums.accumulate(learn, 'total')
@@ -215,7 +216,7 @@ def target_metrics(
     metrics:dict=None, # By target name: one metric or a list of them, instead of the target's own
 )->list: # Metrics in order of the targets, then the loss of each
     "The metrics of every target; `KeyError` for a target that is not there, `ValueError` for two metrics of one name"
-    metrics,losses = metrics or {},SharedSums(table.loss().parts, [*table])
+    metrics,losses = metrics or {},SharedSums(table.loss().item_parts, [*table])
     for name in metrics: table[name]
     res = metrics_together([(t, m) for t in table for m in metrics_of(t, metrics.get(t.name))])
     res += [TargetMean(f'{t.name}_loss', losses, i) for i, t in enumerate(table)]
