@@ -45,12 +45,13 @@ def _quiet(learn, ranks):
     if ranks.rank == 0:
         yield
         return
-    shows,tracker.print = learn._grab_cbs(of_one),noop  # trackers tell what they do, too
+    shows,tell = learn._grab_cbs(of_one),getattr(tracker, 'print', print)
+    tracker.print = noop  # trackers tell what they do, too
     learn.remove_cbs(shows)
     try:
         with replaced(learn, 'logger', noop): yield
     finally:
-        del tracker.print
+        tracker.print = tell
         learn.add_cbs(shows)
 
 # %% ../../nbs/paddy_multi/distributed/10_across.ipynb #n029
