@@ -65,8 +65,8 @@ FEW = 'plain one_item_last missing adam_weights_clip pairs mixup chunks chunks_c
 def run_updates(names, copies=0):
     "What `spread.compare` finds, by name of the case; with `copies`, a mesh of so many copies of all parts"
     n = join_processes(60).world_size
-    shape = (copies, n//copies)
-    mesh = init_device_mesh('cpu', shape, mesh_dim_names=('copies', 'parts')) if copies else None
+    mesh = None
+    if copies: mesh = init_device_mesh('cpu', (copies, n//copies), mesh_dim_names=('copies', 'parts'))
     with in_parts(mesh=mesh):
         return {name: counted(spread.run_table, spread.TABLES[name]) if name in spread.TABLES else
                 counted(spread.run_case, **CASES[name]) for name in names}
