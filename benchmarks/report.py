@@ -93,6 +93,27 @@ def provenance(results):
                 **a['versions'], 'command': a['command']}
     return pd.DataFrame({o['name']: flat(o['about']) for o in results})
 
+def items_per_second(result):
+    "Of each variant and of the control, and its gain over the baseline of the same round"
+    def gain(r):
+        if r is None: return ''
+        low, high = (r[k] for k in (('min', 'max') if r['low'] is None else ('low', 'high')))
+        return f'{1/r["median"]:.2f} [{1/high:.2f}, {1/low:.2f}]'
+    def row(case, o):
+        n, s = case['params']['items'], o['seconds']
+        return {'case': case['name'], 'variant': o['name'], 'items a second': f'{n/s["median"]:,.0f}',
+                'quartiles': f'{n/s["q3"]:,.0f} to {n/s["q1"]:,.0f}', 'gain': gain(o['ratio'])}
+    return frame([row(case, o) for case in result['cases'] if 'items' in case['params'] for o in sides(case)], 'case')
+
+def exchanged(result):
+    "What a process gives away in an update, by kind: calls and MB, and how often all meet"
+    def row(case, o):
+        found = {k: s['median'] for k, s in o['extra'].items()}
+        kinds = sorted({k.split(',')[0] for k in found} - {'meetings'})
+        return {'case': case['name'], 'variant': o['name'], 'meetings': f'{found["meetings"]:.2g}',
+                **{k: f'{found[f"{k}, calls"]:.2g} of {found[f"{k}, MB"]/found[f"{k}, calls"]:.3g} MB' for k in kinds}}
+    return frame([row(case, o) for case in result['cases'] for o in sides(case) if o['extra']], 'case')
+
 # --- pictures -------------------------------------------------------------------------------------------------------
 def bar(ax, y, spread, color, name):
     "A dot at the median, a thick line over its 95% interval, a thin one from quartile to quartile"

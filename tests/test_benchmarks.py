@@ -228,6 +228,16 @@ def test_extra_measures_stand_side_by_side():
     row = report.extras(dict(cases=[case])).iloc[0]
     assert (row['loss, a'], row['loss, b']) == ('0.5 [0.5, 0.5]', '0.25 [0.25, 0.25]')
 
+def test_items_a_second_and_what_was_exchanged():
+    clock, sent = Clock(), {'meetings': 3, 'gradients, calls': 2, 'gradients, MB': 5}
+    faster = Variant(lambda: clock.spend(.001), measure=lambda _: sent)
+    def make(): return {'one': lambda: clock.spend(.002), 'two': faster}
+    res = dict(cases=[compare(Case('c', make, dict(items=4)), clock=clock, block=0)])
+    one, control, two = report.items_per_second(res).values.tolist()
+    assert one == ['one', '2,000', '2,000 to 2,000', ''] and control[3] == '1.00 [1.00, 1.00]'
+    assert two == ['two', '4,000', '4,000 to 4,000', '2.00 [2.00, 2.00]']
+    assert report.exchanged(res).values.tolist() == [['two', '3', '2 of 2.5 MB']]
+
 def test_a_plot_shows_every_variant_and_control(result):
     ax, = report.plot(result).axes
     assert [o.get_text() for o in ax.get_yticklabels()] == ['two\n1 n', 'even\n2 n']
