@@ -67,7 +67,7 @@ def reading(n, bs, repeats):
                rating_bytes=digits(held/len(dl.dataset), 3))
 
 def exchanges(sizes, repeats):
-    "Seconds of sums over both processes, and of rows that each sends to the other; bytes that leave a process, each way"
+    "Seconds of sums over both processes, and of rows that go to the other and back; bytes are those of one way"
     torch.set_num_threads(1)
     dist.init_process_group('gloo')
     found = []
