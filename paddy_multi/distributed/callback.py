@@ -12,6 +12,7 @@ from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.callback.progress import CSVLogger, ProgressCallback, ShowGraphCallback
 from fastai.data.load import DataLoader
+from fastai.learner import Learner
 from fastai.torch_core import to_detach
 from fastcore.basics import patch
 from torch.utils.data import DataLoader as TorchDataLoader
@@ -28,7 +29,7 @@ from .shares import ShareDL
 # %% ../../nbs/paddy_multi/distributed/07_callback.ipynb #n007
 class AcrossProcesses(Callback):
     "Lets a learner train and predict with the rows of all processes"
-    order,reads_outputs = 8,False
+    name,order,reads_outputs = '_across',8,False
     loss_of_own = None  # the learner's loss function while it is that of the whole batch by parts
     def __init__(self,
         ranks:Ranks, # The processes
@@ -55,6 +56,13 @@ class AcrossProcesses(Callback):
     def in_chunks(self): # `MicroBatch` then asks `peers` for what it needs of the other processes
         "Is the output in the learner that of a few of the own rows?"
         return any(cb.in_chunks for cb in self.learn._grab_cbs(Halving))
+
+# %% ../../nbs/paddy_multi/distributed/07_callback.ipynb #n00b
+@patch(as_prop=True)
+def across_processes(self:Learner): # `AcrossProcesses`
+    "The callback of the block that the learner is in; `AttributeError` outside of one"
+    for cb in self._grab_cbs(AcrossProcesses): return cb
+    raise AttributeError('across_processes')
 
 # %% ../../nbs/paddy_multi/distributed/07_callback.ipynb #n011
 @patch

@@ -51,7 +51,6 @@ def averaged(
 # %% ../../nbs/paddy_multi/distributed/09_ddp.ipynb #n011
 class AcrossByDDP(AcrossProcesses):
     "As `AcrossProcesses`, with gradients that are averaged in the backward pass"
-    name = 'across_processes'
     ddp = wrapped = None  # what averages, and the model whose `forward` goes through it
 
     def before_fit(self):
