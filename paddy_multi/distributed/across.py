@@ -91,7 +91,7 @@ def _own_numbers(ranks):
 @contextmanager
 def across_processes(
     learn:Learner, # The same in all processes
-    timeout:float=1800., # Seconds that a process may let the others wait
+    timeout:float=1800., # Seconds that a process may let the others wait; the first block of a script sets it
     engine:str='meeting', # How gradients are averaged: 'meeting', or 'ddp' by `DistributedDataParallel`
 ): # Gives `learn`
     """Let the processes that a launcher has started train and predict together; alone, nothing is changed.
