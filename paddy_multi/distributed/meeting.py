@@ -56,7 +56,12 @@ def has_ended(
     return state in 'ZX'
 
 # %% ../../nbs/paddy_multi/distributed/01_meeting.ipynb #n013
-class ProcessFailed(RuntimeError): "Another process has failed, or is gone"
+class ProcessFailed(RuntimeError):
+    "Another process has failed, or is gone; fastai, which rewrites `args` of errors in callbacks, leaves the text"
+    def __init__(self,
+        text:str, # Which process, and why
+    ): self.text = text
+    def __str__(self): return self.text
 
 # %% ../../nbs/paddy_multi/distributed/01_meeting.ipynb #n015
 class Meeting:
