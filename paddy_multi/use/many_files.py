@@ -9,7 +9,7 @@ __all__ = ['predict_files']
 import hashlib
 import os
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pandas as pd
@@ -79,15 +79,22 @@ def rows_as_csv(
     return (df if raw else csv_safe(df)).to_csv(header=header)
 
 # %% ../../nbs/paddy_multi/use/06_many_files.ipynb #n022
+def heed(
+    ranks, # `Ranks`
+    news:Path, # File that is there as soon as one of them leaves
+):
+    "Leave with the others, if this process was told to stop or another leaves"
+    if ranks.told.number: news.touch()
+    if news.exists(): ranks.meet('stop')
+
 class HeedSignals(Callback):
-    "Leaves with the others when this process was told to stop"
+    "Leaves as `heed` does, after each batch"
     def __init__(self,
         ranks, # `Ranks`
-    ): self.ranks = ranks
+        news:Path, # As `heed` takes it
+    ): self.ranks,self.news = ranks,news
 
-    def after_batch(self):
-        "Each process comes here at a time of its own"
-        if self.ranks.told.number: self.ranks.meet('stop')
+    def after_batch(self): heed(self.ranks, self.news)
 
 def ranks_of(
     learn, # Learner
@@ -102,12 +109,18 @@ def ranks_of(
 def on_its_own(
     learn, # Learner
     ranks, # `Ranks` of the block that it is in, or None
+    news:Path, # File that tells the others that this process leaves by an error
 ):
     "Inside the block `learn` predicts what it is given, whatever others do"
     if ranks is None:
         yield
         return
-    with learn.removed_cbs([learn.across_processes]), learn.added_cbs([HeedSignals(ranks)]): yield
+    with learn.removed_cbs([learn.across_processes]), learn.added_cbs([HeedSignals(ranks, news)]):
+        try: yield
+        except BaseException:
+            if not ranks.all_know:
+                with suppress(OSError): news.touch()
+            raise
 
 # %% ../../nbs/paddy_multi/use/06_many_files.ipynb #n025
 def paths_of(
@@ -139,15 +152,17 @@ def as_first(
     progress:bool=False, # Show a progress bar?
 ):
     "Make parts and put all of them together"
+    news = parts.folder/'stopped'
     def meet(what): return ranks.meet(what) if ranks else None
     def work():
         if parts.make_one(text_of): return
-        if ranks and ranks.told.number: meet('stop')
+        if ranks: heed(ranks, news)
         time.sleep(.05)
     with parts.begun(facts, overwrite):
+        news.unlink(missing_ok=True)
         meet('parts begun')
         with written_whole(parts.out) as file:
-            with on_its_own(learn, ranks): parts.join(file, work, progress)
+            with on_its_own(learn, ranks, news): parts.join(file, work, progress)
             meet('parts made')
     meet('parts joined')
 
@@ -159,7 +174,7 @@ def as_another(
 ):
     "Make parts as long as some are left"
     ranks.meet('parts begun')
-    with on_its_own(learn, ranks):
+    with on_its_own(learn, ranks, parts.folder/'stopped'):
         while parts.make_one(text_of): pass
     for what in 'parts made', 'parts joined': ranks.meet(what)
 
