@@ -70,7 +70,7 @@ def _as_one(learn, ranks, engine):
         del os.environ['RANK']
         os.environ.update({k: v for k,v in before.items() if v is not None})
         if engine == 'ddp': cb.unwrap()
-        if cb.loss_of_own is not None: learn.loss_func = cb.loss_of_own
+        cb.put_back_loss()
         if isinstance(getattr(learn, 'dl', None), ShareDL): learn.dl = learn.dl.dl
         learn.remove_cb(cb)
 

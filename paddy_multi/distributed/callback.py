@@ -30,7 +30,7 @@ from .shares import ShareDL
 class AcrossProcesses(Callback):
     "Lets a learner train and predict with the rows of all processes"
     name,order,reads_outputs = '_across',8,False
-    loss_of_own = None  # the learner's loss function while it is that of the whole batch by parts
+    loss_of_own = part = None  # the learner's loss function, and what it is while that is a part of the whole batch's
     def __init__(self,
         ranks:Ranks, # The processes
     ): self.ranks,self.summed,self.peers = ranks,[],Together(self)
@@ -64,6 +64,13 @@ def across_processes(self:Learner): # `AcrossProcesses`
     for cb in self._grab_cbs(AcrossProcesses): return cb
     raise AttributeError('across_processes')
 
+# %% ../../nbs/paddy_multi/distributed/07_callback.ipynb #n00e
+@patch
+def put_back_loss(self:AcrossProcesses):
+    "After the loss, or before what follows a batch that ended early, unless another loss was set meanwhile"
+    if self.loss_of_own is not None and self.learn.loss_func is self.part: self.learn.loss_func = self.loss_of_own
+    self.loss_of_own = self.part = None
+
 # %% ../../nbs/paddy_multi/distributed/07_callback.ipynb #n011
 @patch
 def before_fit(self:AcrossProcesses):
@@ -72,6 +79,7 @@ def before_fit(self:AcrossProcesses):
         for cb in self.learn.cbs:
             if isinstance(cb, of_one): cb.run = False
     if self.learn.lock.locked(): return  # validation
+    self.put_back_loss()
     check_learner(self.learn)
     check_chunks(self.learn, self.ranks)
     self.summed = []
@@ -100,6 +108,7 @@ def before_validate(self:AcrossProcesses):
 # %% ../../nbs/paddy_multi/distributed/07_callback.ipynb #n014
 @patch
 def before_batch(self:AcrossProcesses):
+    self.put_back_loss()
     gatherer = getattr(self.learn, 'gather_preds', None)
     if self.share is None or gatherer is None or not gatherer.with_input: return
     gatherer.inputs[-1] = to_detach(self.ranks.gather('inputs', self.xb, self.sizes))
@@ -108,7 +117,8 @@ def before_batch(self:AcrossProcesses):
 def after_pred(self:AcrossProcesses):
     if self.share is None or self.in_chunks: return
     if goes_by_parts(self.learn):
-        self.loss_of_own,self.learn.loss_func = self.learn.loss_func,part_of_loss(self.learn, self.ranks, self.sizes)
+        self.loss_of_own,self.part = self.learn.loss_func,part_of_loss(self.learn, self.ranks, self.sizes)
+        self.learn.loss_func = self.part
         if not self.training: self.add_up_later()
     else:
         self.summed = []
@@ -124,7 +134,7 @@ def add_up_later(self:AcrossProcesses):
 @patch
 def after_loss(self:AcrossProcesses):
     if self.loss_of_own is None: return
-    self.learn.loss_func,self.loss_of_own = self.loss_of_own,None
+    self.put_back_loss()
     self.leave_out()
 
 @patch
