@@ -14,7 +14,7 @@ def at_least_float32(
     x:Tensor, # Losses, or what labels count
 )->Tensor:
     "`x` in no less than float32: half precision cannot count above 2,048"
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 class TargetGroup:
     "Targets that are computed in one call"
