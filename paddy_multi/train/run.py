@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from ..core.tables import read_table
 from ..core.values import first_few
 from ..data.loaders import MultiTargetDataLoaders, match_files
+from ..distributed.ranks import is_sharded
 from ..kinds.multicategory import MultiCategoryTarget
 from .checkpoint import (model_and_opt, random_of_all, ranks_of, read_checkpoint, restore_model,
                                     restore_opt, restore_random_of_all, state_fits, write_checkpoint, writes)
@@ -107,6 +108,12 @@ def folder_dls(
                                           kinds=_kinds(columns, tag_delimiter, empty_tags), **kwargs)
 
 # %% ../../nbs/paddy_multi/train/05_run.ipynb #c014
+def _check_whole(learn):
+    "`ValueError` for a model of which processes hold parts"
+    if not is_sharded(learn.model): return
+    raise ValueError('KeepEpochs expected a model that each process holds as a whole, found parameters sharded over '
+                     'processes: keep them with KeepSharded, and go on with load_sharded')
+
 class KeepEpochs(Callback):
     "Keep weights, optimizer, random states and results of the last finished epoch in `folder`"
     order = 80  # after the recorder has written its row
@@ -121,6 +128,7 @@ class KeepEpochs(Callback):
         if hasattr(type(self), event_name): getattr(self, event_name)()
 
     def before_fit(self):
+        _check_whole(self.learn)
         if not hasattr(self, 'seen'): self.seen = fingerprint(self.learn, self.settings)
 
     def before_epoch(self):
@@ -144,6 +152,15 @@ class KeepEpochs(Callback):
         if ranks_of(self.learn): ranks_of(self.learn).meet('checkpoint')
 
 # %% ../../nbs/paddy_multi/train/05_run.ipynb #p001
+def check_shares(
+    bs:int, # Items of an update
+    n:int, # Processes
+):
+    "`ValueError` if the processes cannot share an update evenly"
+    if bs%n:
+        raise ValueError(f'{n} processes cannot share the {bs} pictures of an update evenly: choose another number, '
+                         f'or bs={bs//n*n or n} or bs={(bs//n+1)*n}')
+
 @contextmanager
 def shared_batches(
     learn, # A learner with batches of the size of an update
@@ -151,9 +168,7 @@ def shared_batches(
 ):
     "Inside the block a batch is what each process has of an update; `ValueError` if it cannot be shared evenly"
     sizes = [dl.bs for dl in learn.dls.loaders]
-    if sizes[0]%n:
-        raise ValueError(f'{n} processes cannot share the {sizes[0]} pictures of an update evenly: choose '
-                         f'another number, or bs={sizes[0]//n*n or n} or bs={(sizes[0]//n+1)*n}')
+    check_shares(sizes[0], n)
     try:
         for dl in learn.dls.loaders: dl.bs = max(1, dl.bs//n)
         yield
@@ -167,6 +182,7 @@ def take_up(self:KeepEpochs,
     epochs:int, # How many the run has
 )->dict: # What the checkpoint holds
     "Begin where the checkpoint ends; `ValueError` if it is of other data or settings"
+    _check_whole(learn)
     state = read_checkpoint(self.file)
     self.seen = fingerprint(learn, self.settings)
     with state_fits(self.file): found = changes(state['seen'], self.seen)
