@@ -9,13 +9,14 @@ __all__ = []
 import torch
 from torch import Tensor
 
-# %% ../../nbs/paddy_multi/kinds/09_groups.ipynb #n006
+# %% ../../nbs/paddy_multi/kinds/09_groups.ipynb #n005a
 def at_least_float32(
     x:Tensor, # Losses, or what labels count
 )->Tensor:
     "`x` in no less than float32: half precision cannot count above 2,048"
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
+# %% ../../nbs/paddy_multi/kinds/09_groups.ipynb #n006
 class TargetGroup:
     "Targets that are computed in one call"
     def __init__(self,
