@@ -94,6 +94,15 @@ def check_processes(
         refuse(f'expected {gpus} or fewer, as each process needs a GPU of its own, found {n}', '--processes')
     if there > 1: refuse(f'a launcher has started {there} processes already: leave the option out', '--processes')
 
+def check_bs(
+    bs:int, # Pictures of an update
+    n:int, # Processes that the user wants
+):
+    "`ValueError` if they cannot share an update, before any of them is started"
+    if not bs%n: return
+    from paddy_multi.train.run import check_shares
+    check_shares(bs, n)
+
 # %% ../../nbs/paddy_multi/cli/00_options.ipynb #p003
 def run_alike(
     run:Callable, # What each process does, without arguments

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import typer
 
 from .accum import check_arch
-from .options import check_processes, place_of_process, run_alike, speaking_options
+from .options import check_bs, check_processes, place_of_process, run_alike, speaking_options
 from ..core.commands import check_folder, echo, refuse, stop
 from ..core.files import locked, write_file, written_together
 
@@ -243,7 +243,7 @@ def train(
     with speaking_options(*errors):
         check_processes(processes)
         name,before = _checkpoint(out, resume, overwrite),_stamps(out)
-        if resume: _settings(out/name, given, said)
+        check_bs((_settings(out/name, given, said) if resume else given)['bs'], processes)
         try:
             out.mkdir(parents=True, exist_ok=True)
             run_alike(partial(_take_part, out, given, said, raw, overwrite, resume), processes, *errors)
