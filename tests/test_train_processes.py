@@ -240,6 +240,7 @@ def finish(out, n=1):
     return rows
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_named_and_the_run_goes_on_in_one(digits, tmp_path):
     out = tmp_path/'run'
     code, said = hit(out, '--data', digits, *SMALL, '--epochs', 4)
