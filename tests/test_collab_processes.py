@@ -45,7 +45,7 @@ def test_calls_give_what_they_give_in_one_process(two):
 
 def test_ratings_that_differ_by_process_are_refused(two):
     for o in two:
-        assert o['calls']['refused'].startswith('the processes differ in the items of a loader: process 0 ')
+        assert o['calls']['refused'].startswith('the processes differ in the items of training: process 0 ')
         assert o['calls']['refused'].endswith('with a fixed seed for a random split')
 
 

@@ -69,6 +69,13 @@ def _read(path, part):
     raise ValueError(f'expected the {_rows[part]} {part} of MovieLens-100k, found {len(df)} in {path}: '
                      'the file is damaged, get it again')
 
+# %% ../../nbs/collab_deep/data/00_movielens.ipynb #c012s
+def _typed(df, part):
+    "`df` with numbers where the text is a number"
+    if part == 'items': df.insert(2, 'year', df.title.str.extract(r'\((\d{4})\)', expand=False).astype('Int64'))
+    numbers = [c for c in ('user', 'item', 'rating', 'timestamp', 'age') if c in df]
+    return df.astype(dict.fromkeys(numbers, 'int64'))
+
 # %% ../../nbs/collab_deep/data/00_movielens.ipynb #c012
 def movielens_100k(
     part:str='ratings', # 'ratings', 'items' or 'users'
@@ -80,9 +87,3 @@ def movielens_100k(
     df = _typed(_read(path, part), part)
     if part == 'ratings': df.insert(2, 'title', df.item.map(movielens_100k('items', path).set_index('item').title))
     return df
-
-def _typed(df, part):
-    "`df` with numbers where the text is a number"
-    if part == 'items': df.insert(2, 'year', df.title.str.extract(r'\((\d{4})\)', expand=False).astype('Int64'))
-    numbers = [c for c in ('user', 'item', 'rating', 'timestamp', 'age') if c in df]
-    return df.astype(dict.fromkeys(numbers, 'int64'))

@@ -84,13 +84,14 @@ def _check_text(name, ids):
         raise ValueError(f'{name} holds {other!a} and {o!a}, which would be two: '
                          + how_to_spell(o, other, f'ratings[{name!r}]'))
 
-# %% ../../nbs/collab_deep/data/02_table.ipynb #t013
+# %% ../../nbs/collab_deep/data/02_table.ipynb #t013s
 def _number(o):
     "`o` as a float, NaN if it is missing; `None` if it says no real number"
     try: return math.nan if is_missing(o) else None if isinstance(o, str) and '_' in o else float(o)
     except OverflowError: return 1e300 if o > 0 else -1e300  # too large, as it is said elsewhere
     except (TypeError, ValueError): return None
 
+# %% ../../nbs/collab_deep/data/02_table.ipynb #t013
 def _values(ratings):
     "Ratings as float64; `TypeError` for the first that is no number"
     if pd.api.types.is_numeric_dtype(ratings) and not pd.api.types.is_complex_dtype(ratings):
@@ -109,7 +110,7 @@ def _check_spread(name, values):
     raise ValueError(f'values of {name} from {low:.15g} to {high:.15g} have a spread of {spread:.3g}, and rounding to '
                      f'float32 drowns what is below {least:.3g}: subtract a constant')
 
-# %% ../../nbs/collab_deep/data/02_table.ipynb #t045
+# %% ../../nbs/collab_deep/data/02_table.ipynb #t045s
 def _check_numbers(ratings):
     "`TypeError` for ratings that are no numbers, `ValueError` for missing, infinite and hardly different ones"
     values = _values(ratings)
@@ -123,6 +124,7 @@ def _check_numbers(ratings):
     raise ValueError(f'{bad.sum()} values of {ratings.name} are not finite, the first is {ratings.iloc[first]} '
                      f'in row {first}: leave them out, as with ratings[np.isfinite(ratings.{ratings.name})]')
 
+# %% ../../nbs/collab_deep/data/02_table.ipynb #t045
 def _check_size(ratings, values):
     "`ValueError` for finite ratings whose squares, summed, are not finite in float32"
     large = np.isfinite(values) & (np.abs(values) > largest)
@@ -186,6 +188,15 @@ def _ids_of(column):
     raise ValueError(f'to compare takes at least 2 different values of {column.name} in the training rows, '
                      f'found only {ids[1]!r}')
 
+# %% ../../nbs/collab_deep/data/02_table.ipynb #t017s
+@patch
+def _codes(self:RatingsVocab, name, ids):
+    "Row numbers of `ids` in the column `name`; an error for one that is known in another shape"
+    ids = pd.Index(ids)
+    codes = self._indexes[name].get_indexer(ids)  # -1 says that there is none
+    self._unknown[name].check(ids[codes < 0].unique())
+    return torch.from_numpy(codes + 1)
+
 # %% ../../nbs/collab_deep/data/02_table.ipynb #t017
 @patch
 def encode(self:RatingsVocab,
@@ -194,14 +205,6 @@ def encode(self:RatingsVocab,
 )->Tensor: # Row numbers, long [n, 2]; 0 for what training did not see
     "Ids to row numbers"
     return torch.stack([self._codes(self.user, users), self._codes(self.item, items)], 1).long()
-
-@patch
-def _codes(self:RatingsVocab, name, ids):
-    "Row numbers of `ids` in the column `name`; an error for one that is known in another shape"
-    ids = pd.Index(ids)
-    codes = self._indexes[name].get_indexer(ids)  # -1 says that there is none
-    self._unknown[name].check(ids[codes < 0].unique())
-    return torch.from_numpy(codes + 1)
 
 # %% ../../nbs/collab_deep/data/02_table.ipynb #t020
 _piece = 2**18  # rows that are encoded together

@@ -19,13 +19,14 @@ from .recommender import Recommender, as_recommender, pair_scores
 from .top import list_length, top_lists
 from paddy_multi.core.values import largest
 
-# %% ../../nbs/collab_deep/lists/05_evaluate.ipynb #c007
+# %% ../../nbs/collab_deep/lists/05_evaluate.ipynb #c007s
 def _as_given(ratings):
     "A column as float32 if that is what it holds, else as float64: no digit is lost; TypeError for no numbers"
     kind = 'float32' if str(ratings.dtype).lower() == 'float32' else 'float64'
     try: return torch.tensor(ratings.to_numpy(kind, na_value=math.nan))
     except (TypeError, ValueError) as e: raise TypeError(f'ratings to evaluate on are numbers: {e}') from None
 
+# %% ../../nbs/collab_deep/lists/05_evaluate.ipynb #c007
 def _ratings_of(rec, df, rated):
     "Rows of pairs [n, 2] and ratings [n] of a DataFrame; all ratings are 1 unless `rated`"
     columns = [rec.user, rec.item] + [rec.rating]*rated
@@ -123,13 +124,14 @@ def check_threshold(
     if isinstance(threshold, Real) and not isinstance(threshold, bool) and math.isfinite(threshold): return
     raise ValueError(f'threshold is a finite number on the scale of the ratings, found {threshold!r:.60}')
 
-# %% ../../nbs/collab_deep/lists/05_evaluate.ipynb #c130
+# %% ../../nbs/collab_deep/lists/05_evaluate.ipynb #c130s
 def _check_threshold(rec, threshold):
     "`ValueError` unless `threshold` is `None` or a finite number on the scale of the ratings"
     check_threshold(threshold)
     if threshold is not None and rec.rating is None:
         raise ValueError('interactions without ratings have no threshold: leave it out, and all are relevant')
 
+# %% ../../nbs/collab_deep/lists/05_evaluate.ipynb #c130
 def _check_users(users, y, threshold):
     "`ValueError` if there are no `users` with relevant items among held-out rows rated `y`"
     if len(users): return

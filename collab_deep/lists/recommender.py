@@ -67,6 +67,16 @@ def __repr__(self:Recommender):
     return (f'Recommender: {type(self.model).__name__}, {n_ratings:,} ratings; '
             f'{self.user}: {n_users:,}, {self.item}: {n_items:,}')
 
+# %% ../../nbs/collab_deep/lists/01_recommender.ipynb #c014s
+@patch
+def _rows_of(self:Recommender, side, ids):
+    "Rows of `ids`, of users on side 0 and of items on side 1"
+    rows = self.rows[side]
+    _check_shape(list(self.classes)[side], ids, self.unknown[side])
+    found = [rows.get(o, 0) for o in ids]
+    if not all(found): self.unknown[side].check(o for o,row in zip(ids, found) if not row)
+    return torch.tensor(found, dtype=torch.int64)
+
 # %% ../../nbs/collab_deep/lists/01_recommender.ipynb #c014
 def _check_shape(name, ids, unknown):
     "`TypeError` for a list where one id belongs, and for True where ids are numbers"
@@ -82,14 +92,15 @@ def encode(self:Recommender,
     "Rows of pairs of ids; an id that is known in another shape, as text or with spaces, is an error"
     return torch.stack([self._rows_of(side, list(ids)) for side,ids in enumerate((users, items))], 1)
 
-@patch
-def _rows_of(self:Recommender, side, ids):
-    "Rows of `ids`, of users on side 0 and of items on side 1"
-    rows = self.rows[side]
-    _check_shape(list(self.classes)[side], ids, self.unknown[side])
-    found = [rows.get(o, 0) for o in ids]
-    if not all(found): self.unknown[side].check(o for o,row in zip(ids, found) if not row)
-    return torch.tensor(found, dtype=torch.int64)
+# %% ../../nbs/collab_deep/lists/01_recommender.ipynb #c017s
+def _unknown(name, found, index, unknown):
+    "What to say about an id that `index` does not hold"
+    by_text = {str(o): o for o in index}
+    near = [by_text[o] for o in difflib.get_close_matches(str(found), by_text, n=3, cutoff=.4)]
+    nearest = f'; the nearest are {", ".join(map(repr, near))}' if near else ''
+    why = unknown.why_not(found)
+    return (f'{name} {found!r} is not among the {len(index):,} in training{nearest}. '
+            f'{f"{why}. " if why else ""}For someone new, see fold_in')
 
 # %% ../../nbs/collab_deep/lists/01_recommender.ipynb #c017
 @patch
@@ -104,15 +115,6 @@ def known(self:Recommender,
     for o in ids:
         if o not in index: raise KeyError(_unknown(name, o, index, unknown))
     return torch.tensor([index[o] for o in ids], dtype=torch.int64)
-
-def _unknown(name, found, index, unknown):
-    "What to say about an id that `index` does not hold"
-    by_text = {str(o): o for o in index}
-    near = [by_text[o] for o in difflib.get_close_matches(str(found), by_text, n=3, cutoff=.4)]
-    nearest = f'; the nearest are {", ".join(map(repr, near))}' if near else ''
-    why = unknown.why_not(found)
-    return (f'{name} {found!r} is not among the {len(index):,} in training{nearest}. '
-            f'{f"{why}. " if why else ""}For someone new, see fold_in')
 
 # %% ../../nbs/collab_deep/lists/01_recommender.ipynb #c020
 def _is_average(table, shards=None):

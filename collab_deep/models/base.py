@@ -87,6 +87,12 @@ def sharing(
     vars(res).update(vars(module), training=False, **parts)
     return res
 
+# %% ../../nbs/collab_deep/models/01_base.ipynb #c020s
+def _with_kept_tables(model):
+    for o in model.modules():
+        if isinstance(o, KeptTables): o.is_scoring,o.kept_tables = True,o.work_out_tables()
+    return model
+
 # %% ../../nbs/collab_deep/models/01_base.ipynb #c020
 class KeptTables(nn.Module):
     "What scoring asks of a model: the tables that it works out, kept for the length of a block"
@@ -102,11 +108,6 @@ class KeptTables(nn.Module):
         with torch.no_grad():
             if self.is_scoring: yield self
             else: yield _with_kept_tables(sharing(self))
-
-def _with_kept_tables(model):
-    for o in model.modules():
-        if isinstance(o, KeptTables): o.is_scoring,o.kept_tables = True,o.work_out_tables()
-    return model
 
 # %% ../../nbs/collab_deep/models/01_base.ipynb #c025
 class ScoredUsers(InParts):

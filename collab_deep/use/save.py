@@ -43,7 +43,7 @@ def check_ids(
             raise TypeError(f'{name} holds the id {odd[0]!r}, a {type(odd[0]).__name__}: '
                             'JSON keeps numbers and text, so convert the column before training')
 
-# %% ../../nbs/collab_deep/use/01_save.ipynb #s006
+# %% ../../nbs/collab_deep/use/01_save.ipynb #s006s
 _format,_version = 'collab_deep recommender',2
 
 def _plain(o):
@@ -52,6 +52,7 @@ def _plain(o):
     if isinstance(o, (list, tuple)): return type(o)(_plain(part) for part in o)
     return o.item() if isinstance(o, np.generic) else o
 
+# %% ../../nbs/collab_deep/use/01_save.ipynb #s006
 def _description(rec):
     "All of `rec` that is not numbers in bulk"
     check_ids(rec)
@@ -65,7 +66,7 @@ def _signed(description):
     text = json.dumps(description, sort_keys=True, ensure_ascii=False)
     return description | dict(checksum=hashlib.sha256(text.encode()).hexdigest())
 
-# %% ../../nbs/collab_deep/use/01_save.ipynb #s112
+# %% ../../nbs/collab_deep/use/01_save.ipynb #s112s
 _file = 'recommender.json'
 
 def _finite(text):
@@ -78,6 +79,7 @@ def _each_once(pairs):
     if len(dict(pairs)) == len(pairs): return dict(pairs)
     raise ValueError('a name comes twice')
 
+# %% ../../nbs/collab_deep/use/01_save.ipynb #s112
 def _parsed(file):
     "What the JSON in `file` says, if its checksum fits"
     try:
@@ -89,7 +91,7 @@ def _parsed(file):
     if fits is None: raise ValueError(f'{file} was not written by collab_deep: it does not say {_format!r}')
     return said,fits
 
-# %% ../../nbs/collab_deep/use/01_save.ipynb #s115
+# %% ../../nbs/collab_deep/use/01_save.ipynb #s115s
 _types = dict(format=str, version=int, written_by=str, model=dict, user=dict, item=dict, rating=(str, int, type(None)),
               mean=(int, float), ranks=bool, weights=str, checksum=str)
 
@@ -101,6 +103,7 @@ def _check_types(file, said, types=_types):
         if isinstance(said[name], kind) and (kind is bool or not isinstance(said[name], bool)): continue
         raise ValueError(f'{file} is damaged: {name} is {said[name]!r:.60}')
 
+# %% ../../nbs/collab_deep/use/01_save.ipynb #s115
 def _from_version_1(file, said):
     "`said` with a place for users and one for items; `in_order` is missing where they may be swapped"
     classes = said.pop('classes', None)
@@ -174,7 +177,7 @@ def _recommender(said, numbers, models=()):
     check_recommender(rec)
     return rec
 
-# %% ../../nbs/collab_deep/use/01_save.ipynb #s014
+# %% ../../nbs/collab_deep/use/01_save.ipynb #s014s
 def _read_both(folder, tries=20):
     "What the JSON in `folder` says and its numbers; once more where others have replaced these in between"
     said = _read(folder)
@@ -184,6 +187,7 @@ def _read_both(folder, tries=20):
     time.sleep(.005)
     return _read_both(folder, tries-1)
 
+# %% ../../nbs/collab_deep/use/01_save.ipynb #s014
 def load_recommender(
     folder:str|Path, # Written by `save_recommender` in version 1 or 2 of the format; others may write it meanwhile
     models:list=(), # Classes of models that are not known here
