@@ -89,16 +89,18 @@ def _own_items(self:ShareDL, idxs):
 # %% ../../nbs/paddy_multi/distributed/03_shares.ipynb #n017
 @patch
 def _in_own_order(self:ShareDL):
-    "Batches of a loader that is given another order"
-    dl = self.dl
+    "Batches of a loader that is given another order, and has its own again before it starts workers"
+    dl,had = self.dl,vars(self.dl).get('get_idxs')
     drawn,batches = dl.get_idxs,iter(dl)
-    had = vars(dl).get('get_idxs')
-    try:
-        dl.get_idxs = lambda: [*chain.from_iterable(self._own_items(drawn()))]
-        first = next(batches, None)  # at which it asks for the order
-    finally:
-        if had is None: del dl.get_idxs
-        else: dl.get_idxs = had
+    def own_again():
+        vars(dl).pop('get_idxs', None)
+        if had: dl.get_idxs = had
+    def ours():
+        own_again()
+        return [*chain.from_iterable(self._own_items(drawn()))]
+    dl.get_idxs = ours
+    try: first = next(batches, None)  # at which it asks for the order
+    finally: own_again()
     return () if first is None else chain([first], batches)
 
 # %% ../../nbs/paddy_multi/distributed/03_shares.ipynb #n0171
