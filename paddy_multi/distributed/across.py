@@ -39,6 +39,7 @@ def _to_own_device(learn):
     learn.dls.to(device)
     learn.model.to(device)
 
+# %% ../../nbs/paddy_multi/distributed/10_across.ipynb #n028b
 @contextmanager
 def _quiet(learn, ranks):
     "Processes other than 0 show nothing"

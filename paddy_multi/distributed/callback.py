@@ -89,6 +89,7 @@ def before_fit(self:AcrossProcesses):
 
 of_one = ProgressCallback, ShowGraphCallback, CSVLogger  # what process 0 alone shows and writes
 
+# %% ../../nbs/paddy_multi/distributed/07_callback.ipynb #n011b
 @patch
 def before_train(self:AcrossProcesses):
     if hasattr(self.learn, 'lr_finder'): self._save_for_finder()
@@ -113,6 +114,14 @@ def before_batch(self:AcrossProcesses):
     if self.share is None or gatherer is None or not gatherer.with_input: return
     gatherer.inputs[-1] = to_detach(self.ranks.gather('inputs', self.xb, self.sizes))
 
+# %% ../../nbs/paddy_multi/distributed/07_callback.ipynb #n014c
+@patch
+def add_up_later(self:AcrossProcesses):
+    "Metrics see the own rows, and their sums are added up after the split"
+    recorder = getattr(self.learn, 'recorder', None)
+    self.summed = sums_of([*self.learn.metrics, *([recorder.loss] if recorder else [])])
+
+# %% ../../nbs/paddy_multi/distributed/07_callback.ipynb #n014e
 @patch
 def after_pred(self:AcrossProcesses):
     if self.share is None or self.in_chunks: return
@@ -123,12 +132,6 @@ def after_pred(self:AcrossProcesses):
     else:
         self.summed = []
         self.gather()
-
-@patch
-def add_up_later(self:AcrossProcesses):
-    "Metrics see the own rows, and their sums are added up after the split"
-    recorder = getattr(self.learn, 'recorder', None)
-    self.summed = sums_of([*self.learn.metrics, *([recorder.loss] if recorder else [])])
 
 # %% ../../nbs/paddy_multi/distributed/07_callback.ipynb #n016
 @patch

@@ -75,6 +75,15 @@ def warn_of_batchnorm(
          'GroupNorm and LayerNorm have no such difference', stacklevel=4)
 
 # %% ../../nbs/paddy_multi/distributed/05_preconditions.ipynb #n012
+def _checksum(dataset):
+    "Number of items, and a checksum of them in order where they are at hand"
+    if hasattr(dataset, 'digest'): return len(dataset), dataset.digest
+    items = getattr(dataset, 'items', None)
+    rows = getattr(items, 'index', items) if hasattr(items, 'iloc') else items
+    text = '' if rows is None else re.sub(' at 0x[0-9a-f]+', '', repr([*rows]))
+    return len(dataset) if hasattr(dataset, '__len__') else None, zlib.crc32(text.encode())
+
+# %% ../../nbs/paddy_multi/distributed/05_preconditions.ipynb #n012b
 def facts_of(
     learn, # `Learner` of one process
 )->dict: # By name, with a `repr` that tells it
@@ -85,14 +94,7 @@ def facts_of(
         res[f'the items of {name}'] = _checksum(getattr(dl, 'dataset', ()))
     return {**res, 'the targets': repr(getattr(learn.dls, 'targets', None))}
 
-def _checksum(dataset):
-    "Number of items, and a checksum of them in order where they are at hand"
-    if hasattr(dataset, 'digest'): return len(dataset), dataset.digest
-    items = getattr(dataset, 'items', None)
-    rows = getattr(items, 'index', items) if hasattr(items, 'iloc') else items
-    text = '' if rows is None else re.sub(' at 0x[0-9a-f]+', '', repr([*rows]))
-    return len(dataset) if hasattr(dataset, '__len__') else None, zlib.crc32(text.encode())
-
+# %% ../../nbs/paddy_multi/distributed/05_preconditions.ipynb #n012c
 def check_same(
     learn, # `Learner` of this process
     ranks:Ranks, # The processes that have one each

@@ -211,4 +211,4 @@ class NamedLoss:
             raise ValueError(f'{self.name}: expected a loss of one number a batch, found shape {tuple(loss.shape)}: '
                              'let it average')
         if reduction != 'none' or loss.shape == (len(pred),): return loss
-        return loss.reshape(len(pred), -1).mean(1)
+        return loss.reshape(len(pred), loss.numel()//max(1, len(pred))).mean(1)  # of no items, too
