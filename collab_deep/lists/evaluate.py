@@ -124,7 +124,6 @@ def check_threshold(
     if isinstance(threshold, Real) and not isinstance(threshold, bool) and math.isfinite(threshold): return
     raise ValueError(f'threshold is a finite number on the scale of the ratings, found {threshold!r:.60}')
 
-# %% ../../nbs/collab_deep/lists/05_evaluate.ipynb #c130s
 def _check_threshold(rec, threshold):
     "`ValueError` unless `threshold` is `None` or a finite number on the scale of the ratings"
     check_threshold(threshold)

@@ -43,7 +43,7 @@ def check_ids(
             raise TypeError(f'{name} holds the id {odd[0]!r}, a {type(odd[0]).__name__}: '
                             'JSON keeps numbers and text, so convert the column before training')
 
-# %% ../../nbs/collab_deep/use/01_save.ipynb #s006s
+# %% ../../nbs/collab_deep/use/01_save.ipynb #s006
 _format,_version = 'collab_deep recommender',2
 
 def _plain(o):
@@ -52,7 +52,6 @@ def _plain(o):
     if isinstance(o, (list, tuple)): return type(o)(_plain(part) for part in o)
     return o.item() if isinstance(o, np.generic) else o
 
-# %% ../../nbs/collab_deep/use/01_save.ipynb #s006
 def _description(rec):
     "All of `rec` that is not numbers in bulk"
     check_ids(rec)
