@@ -27,7 +27,7 @@ def even_chunks(
     ends = [math.ceil(i*n/k) for i in range(k+1)]
     return [*map(slice, ends, ends[1:])]
 
-# %% ../../nbs/paddy_multi/accumulate/01_batches.ipynb #n010
+# %% ../../nbs/paddy_multi/accumulate/01_batches.ipynb #n010h
 def _refuse(what, o):
     raise ValueError(f'MicroBatch cannot tell {what}, found {found(o)}. Say how to split it, with MicroBatch(bs, '
                      'split=function): function(xb, yb, items) gives (xb, yb) of these items, a slice')
@@ -40,6 +40,7 @@ def _rows(o):
     known = int, float, complex, str, bytes, Enum, np.generic, torch.Size, torch.dtype, torch.device
     if o is not None and not isinstance(o, known) and not callable(o): _refuse('what belongs to which item', o)
 
+# %% ../../nbs/paddy_multi/accumulate/01_batches.ipynb #n010
 def _counts(o, whole=False):
     "Numbers of items that `o` may hold, None for any number; a `whole` list of parts is no list of items"
     contents,_ = made_of(o)

@@ -94,7 +94,7 @@ def _about(**settings):
     return dict(cpu=_cpu(), cores=os.cpu_count(), threads=torch.get_num_threads(), gpu=gpu,
                 python=platform.python_version(), **packages, **settings)
 
-# %% ../../nbs/paddy_multi/accumulate/22_benchmark.ipynb #c018
+# %% ../../nbs/paddy_multi/accumulate/22_benchmark.ipynb #c018h
 def _check_settings(make_learner, accums, updates, warmup, limit):
     if isinstance(make_learner, Learner) or not callable(make_learner):
         raise TypeError(f'make_learner is a function that gives a Learner, found {type(make_learner).__name__}: '
@@ -108,6 +108,7 @@ def _check_settings(make_learner, accums, updates, warmup, limit):
     if not isinstance(limit, (int, float)) or not limit > 0:
         raise ValueError(f'limit: expected seconds above 0, found {limit!r}')
 
+# %% ../../nbs/paddy_multi/accumulate/22_benchmark.ipynb #c018
 def _check_int(name, o, least):
     if not is_whole(o, least):
         raise ValueError(f'{name}: expected an int of {least} or more, found {o!r}')

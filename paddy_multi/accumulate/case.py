@@ -21,7 +21,7 @@ from .microbatch import MicroBatch
 from .processes import process_bytes, reset_peak
 from .steps import step_memory
 
-# %% ../../nbs/paddy_multi/accumulate/21_case.ipynb #c007
+# %% ../../nbs/paddy_multi/accumulate/21_case.ipynb #c007h
 class _Clock(Callback):
     "Seconds of every update; peak memory since the `warmup` is over"
     order,reads_outputs = -math.inf,False
@@ -37,6 +37,7 @@ class _Clock(Callback):
         if torch.cuda.is_available(): torch.cuda.synchronize()
         return time.perf_counter()
 
+# %% ../../nbs/paddy_multi/accumulate/21_case.ipynb #c007
 def _same_batches(learn, batch, n):
     "Loaders that yield `batch` `n` times"
     dls = DataLoaders([batch]*n, [])
@@ -56,7 +57,7 @@ def _memory(before):
     free,total = torch.cuda.mem_get_info()
     return dict(memory=torch.cuda.max_memory_allocated(), reserved=torch.cuda.max_memory_reserved(), device=total-free)
 
-# %% ../../nbs/paddy_multi/accumulate/21_case.ipynb #c012
+# %% ../../nbs/paddy_multi/accumulate/21_case.ipynb #c012h
 class _KeepGradients(Callback):
     "Keep the gradients of a batch instead of stepping; dropout is off"
     order,reads_outputs = 100,False  # after they are unscaled and clipped
@@ -69,6 +70,7 @@ class _KeepGradients(Callback):
         self.gradients = torch.cat([grad.flatten().float() for grad in grads])
         raise CancelStepException
 
+# %% ../../nbs/paddy_multi/accumulate/21_case.ipynb #c012
 def _gradients(learn, cbs, state):
     "Gradients of a batch, from the same weights, buffers and random numbers every time"
     torch.manual_seed(0)

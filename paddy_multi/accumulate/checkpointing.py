@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-# %% ../../nbs/paddy_multi/accumulate/15_checkpointing.ipynb #n007
+# %% ../../nbs/paddy_multi/accumulate/15_checkpointing.ipynb #n007h
 class _InPlaceOfForward:
     "What is called instead of the `forward` of `module`, which is that of its class or its `own`"
     def __init__(self, module): self.module,self.own = module,vars(module).get('forward')
@@ -20,6 +20,7 @@ class _InPlaceOfForward:
         if self.own: return self.own(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
+# %% ../../nbs/paddy_multi/accumulate/15_checkpointing.ipynb #n007
 class Checkpointed(_InPlaceOfForward):
     "The `forward` of a block, which keeps its inputs and is run again for its gradient"
     def __call__(self, *args, **kwargs):
@@ -64,7 +65,7 @@ def _restore(module):
     del module.forward
     if now.own: module.forward = now.own
 
-# %% ../../nbs/paddy_multi/accumulate/15_checkpointing.ipynb #w04
+# %% ../../nbs/paddy_multi/accumulate/15_checkpointing.ipynb #w04h
 def _ask_timm(module, enable):
     "Can `module` checkpoint itself, and has it done so?"
     if not hasattr(module, 'set_grad_checkpointing'): return False
@@ -72,6 +73,7 @@ def _ask_timm(module, enable):
     except (AssertionError, NotImplementedError): return False
     return True
 
+# %% ../../nbs/paddy_multi/accumulate/15_checkpointing.ipynb #w04
 def _checkpoint(module):
     "Checkpoint what checkpoints itself, and blocks elsewhere; how many there were"
     if _ask_timm(module, True): return 1

@@ -24,7 +24,7 @@ from ..core.tensors import plain
 from ..kinds.losses import with_reduction
 from ..targets.slices import CombinedLoss
 
-# %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #c007
+# %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #c007h
 def _unwrapped(
     loss, # Loss function or object
 )->tuple: # The innermost loss, and the settings that `partial` binds around it
@@ -35,6 +35,7 @@ def _unwrapped(
         loss = loss.func
     return loss, bound
 
+# %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #c007
 def _setting(loss, name, default=None):
     "A setting of `loss`, such as its 'weight', wherever it is hidden"
     inner,bound = _unwrapped(loss)
@@ -64,6 +65,17 @@ def _by_label(loss, targ):
     summed = with_reduction(loss, 'sum')
     return [label_count(loss, targ)], lambda total: lambda preds, targ: summed(preds, targ)/total
 
+# %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #k103h
+def _outside_lists(o):
+    "Tensors and lists in `o`; what is in a list is not looked at"
+    if (isinstance(o, Tensor) and o.ndim) or isinstance(o, list): yield o
+    else:
+        for each in made_of(o)[0] or (): yield from _outside_lists(each)
+
+def _same_length(o):
+    "Is the list `o` of tensors that are equally long?"
+    return all(isinstance(each, Tensor) and each.ndim for each in o) and len(set(map(len, o))) == 1
+
 # %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #k103
 def item_counter(
     *targs, # Targets of a batch: tensors, or tuples, dicts and lists of them
@@ -77,16 +89,6 @@ def item_counter(
         found = next(islice(_outside_lists(targs), i, None))
         return len(found[0] if is_columns else found)
     return count
-
-def _outside_lists(o):
-    "Tensors and lists in `o`; what is in a list is not looked at"
-    if (isinstance(o, Tensor) and o.ndim) or isinstance(o, list): yield o
-    else:
-        for each in made_of(o)[0] or (): yield from _outside_lists(each)
-
-def _same_length(o):
-    "Is the list `o` of tensors that are equally long?"
-    return all(isinstance(each, Tensor) and each.ndim for each in o) and len(set(map(len, o))) == 1
 
 # %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #c018
 def chunk_loss(
@@ -196,22 +198,10 @@ def _mixed_parts(mix, targs, count):
         return part
     return [count(*targs), loss.counts(*targs)], part_by
 
-# %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #dn02
-def known_to_add_up(
-    learn, # `Learner` with a batch
-)->bool:
-    "Whether the loss is known to be the sum of its chunks' parts"
-    return _mix_of(learn) is not None or _adds_up(learn.loss_func)
-
+# %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #dn02h
 def _adds_up(loss):
     if _is_combined(loss): return all(_adds_up(one.loss) for one in loss.losses.values() if one)
     return hasattr(loss, 'parts') or _is_cross_entropy(loss)
-
-def counts_by_targets(
-    learn, # `Learner` with a batch
-)->bool:
-    "Whether what the loss counts can be told from targets, without an output"
-    return _mix_of(learn) is not None or _counts_by_targets(learn.loss_func)
 
 def _counts_by_targets(loss):
     if _is_combined(loss): return all(_counts_by_targets(one.loss) for one in loss.losses.values() if one)
@@ -221,6 +211,19 @@ def _mix_of(learn):
     "The callback that mixes labels, None for none, and in validation, whose batches fastai does not mix"
     mixes = getattr(learn, 'training', True)
     return next((cb for cb in learn.cbs if mixes and isinstance(cb, MixHandler) and cb.stack_y), None)
+
+# %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #dn02
+def known_to_add_up(
+    learn, # `Learner` with a batch
+)->bool:
+    "Whether the loss is known to be the sum of its chunks' parts"
+    return _mix_of(learn) is not None or _adds_up(learn.loss_func)
+
+def counts_by_targets(
+    learn, # `Learner` with a batch
+)->bool:
+    "Whether what the loss counts can be told from targets, without an output"
+    return _mix_of(learn) is not None or _counts_by_targets(learn.loss_func)
 
 # %% ../../nbs/paddy_multi/accumulate/00_chunks.ipynb #c033
 def learner_chunk_loss(

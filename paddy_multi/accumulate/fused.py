@@ -41,7 +41,7 @@ def _state_of(self:FusedAdam, p):
         state['step'] = torch.full((), float(state['step']), device=p.device)
     return state
 
-# %% ../../nbs/paddy_multi/accumulate/16_fused.ipynb #a06
+# %% ../../nbs/paddy_multi/accumulate/16_fused.ipynb #a06h
 @patch
 def _update(self:FusedAdam, params, hyper, wd):
     states = [self._state_of(p) for p in params]
@@ -50,6 +50,7 @@ def _update(self:FusedAdam, params, hyper, wd):
               maximize=False, lr=float(hyper['lr']), beta1=float(hyper['mom']), beta2=float(hyper['sqr_mom']),
               weight_decay=float(wd), eps=float(hyper['eps']))
 
+# %% ../../nbs/paddy_multi/accumulate/16_fused.ipynb #a06
 @patch
 @torch.no_grad()
 def step(self:FusedAdam, closure=None):

@@ -25,7 +25,7 @@ from .chunks import item_counter
 from ..core.nested import is_list, made_of, map_tensors
 from ..core.tensors import plain, restore_buffers
 
-# %% ../../nbs/paddy_multi/accumulate/02_loss_check.ipynb #n011
+# %% ../../nbs/paddy_multi/accumulate/02_loss_check.ipynb #n011h
 def _by_target(targs, n):
     "Numbers `[keys, n]` that tell items apart, of all targets in which any differ; lowest where one is missing"
     tensors = []
@@ -35,6 +35,7 @@ def _by_target(targs, n):
     differ = (keys[1:] != keys[1:,:1]).any(1)
     return keys[1:][differ] if differ.any() else keys[:1]
 
+# %% ../../nbs/paddy_multi/accumulate/02_loss_check.ipynb #n011
 def _keys(targ):
     "The columns of a narrow target, as rows; level and spread of a wide one"
     rows = targ.reshape(len(targ), -1)[:,:4096].float()
@@ -149,7 +150,7 @@ def _sum(a, b, in_place):
     if a is None or b is None: return b if a is None else a
     return a.add_(b) if in_place else a+b
 
-# %% ../../nbs/paddy_multi/accumulate/02_loss_check.ipynb #n020
+# %% ../../nbs/paddy_multi/accumulate/02_loss_check.ipynb #n020h
 def _apart(one, other):
     "Largest difference of two gradients, relative to the largest number in its column; infinite for NaN in one alone"
     if not one.numel(): return 0.
@@ -158,6 +159,7 @@ def _apart(one, other):
     scale = (largest + largest.max()*1e-6).clamp(min=torch.finfo(one.dtype).tiny)
     return float((apart/scale).max())
 
+# %% ../../nbs/paddy_multi/accumulate/02_loss_check.ipynb #n020
 def _in_pieces(grad):
     "Views `[m, columns, k]` of `grad`, of some 2**14 numbers"
     o = grad.reshape(1, 1, -1) if grad.ndim < 2 else grad.t()[None] if grad.ndim == 2 else grad.flatten(2)
@@ -170,7 +172,7 @@ def _by_column(a, b):
     apart = torch.where(same, 0., (a-b).abs()).nan_to_num(math.inf, math.inf)
     return apart.amax((0, 2)), torch.maximum(a.abs(), b.abs()).nan_to_num(0, 0).amax((0, 2))
 
-# %% ../../nbs/paddy_multi/accumulate/02_loss_check.ipynb #p004
+# %% ../../nbs/paddy_multi/accumulate/02_loss_check.ipynb #p004h
 def _name(loss):
     while isinstance(loss, partial): loss = loss.func
     return getattr(loss, '__name__', type(loss).__name__)
@@ -184,6 +186,7 @@ def _text(loss, apart, n, split, bs):
             f'the number of valid labels. Run it on whole batches: MicroBatch({bs}, whole_head=True), or give it a '
             'method `parts(preds, targs)` that returns its sums and what they are divided by, as MultiTargetLoss has')
 
+# %% ../../nbs/paddy_multi/accumulate/02_loss_check.ipynb #p004
 def _sum_text(loss, n, split):
     return (f'{_name(loss)} does not add up over chunks as a mean does: it is a sum. That of {n} items is those of '
             f'chunks of {split} and {n-split} together. Divide it by the number of items, or say what it is: set '

@@ -189,7 +189,7 @@ def _first_that_fits(
         low,high = (low, at) if need(accums[at]) <= room else (at, high)
     return accums[high]
 
-# %% ../../nbs/paddy_multi/accumulate/14_memory.ipynb #n038
+# %% ../../nbs/paddy_multi/accumulate/14_memory.ipynb #n038h
 def _ways(learn, memory, trainable):
     "Memory of other ways to train"
     def other(trainable, **how):
@@ -202,6 +202,7 @@ def _ways(learn, memory, trainable):
     if half: ways['mixed precision, with to_fp16()'] = other(trainable, dtype=torch.float16)
     return ways
 
+# %% ../../nbs/paddy_multi/accumulate/14_memory.ipynb #n038
 def _advice(needs, budget):
     "Of what other ways need: all that fit `budget`, the least first, else the nearest"
     fit = {what: n for what,n in sorted(needs.items(), key=lambda o: o[1]) if n <= budget}

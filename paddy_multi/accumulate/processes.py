@@ -71,6 +71,15 @@ def _uses_gpu(): return torch.cuda.is_available() and torch.cuda.is_initialized(
 
 def _reserved(): return torch.cuda.memory_reserved() if _uses_gpu() else 0
 
+# %% ../../nbs/paddy_multi/accumulate/20_processes.ipynb #c014h
+def _answer(call):
+    try:
+        run,kwargs = pickle.loads(call)
+        return dict(status='ok', result=run(**kwargs))
+    except BaseException as e:
+        if is_out_of_memory(e): return dict(status='out of memory')
+        return dict(status='failed: '+f'{type(e).__name__}: {e}'.partition('\n')[0])
+
 # %% ../../nbs/paddy_multi/accumulate/20_processes.ipynb #c014
 def serve_job():
     "What the fresh process does: a job from stdin, its result to stdout, and what the job prints to nowhere"
@@ -80,14 +89,6 @@ def serve_job():
     with os.fdopen(os.dup(1), 'w') as out:
         os.dup2(2, 1)
         out.write(json.dumps(_answer(job['call']), default=float))
-
-def _answer(call):
-    try:
-        run,kwargs = pickle.loads(call)
-        return dict(status='ok', result=run(**kwargs))
-    except BaseException as e:
-        if is_out_of_memory(e): return dict(status='out of memory')
-        return dict(status='failed: '+f'{type(e).__name__}: {e}'.partition('\n')[0])
 
 # %% ../../nbs/paddy_multi/accumulate/20_processes.ipynb #c017
 def end_process(

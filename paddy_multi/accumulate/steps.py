@@ -102,7 +102,7 @@ def _kept(self:StepMemory, run): return run.outputs if self.keeps or run.items =
 
 def _sum(moment): return sum(moment.values())
 
-# %% ../../nbs/paddy_multi/accumulate/13_steps.ipynb #n013
+# %% ../../nbs/paddy_multi/accumulate/13_steps.ipynb #n013h
 @patch
 def _updating(self:StepMemory, m):
     "The moment of the optimizer's update, after chunks of `m` items"
@@ -110,6 +110,7 @@ def _updating(self:StepMemory, m):
     return dict(gradients=step.gradients, inputs=_batch_bytes(step.item, self.n)+run.made*self.n,
                 activations=0, temporaries=self.update+self._kept(run)*self.n)
 
+# %% ../../nbs/paddy_multi/accumulate/13_steps.ipynb #n013
 @patch
 def _validating(self:StepMemory, m):
     "The moment when a chunk of `m` items for validation takes most, or a whole batch without `MicroBatch`"

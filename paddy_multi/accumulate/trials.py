@@ -70,6 +70,12 @@ class Trials:
     def __enter__(self): return self
     def __exit__(self, *args): self.restore()
 
+# %% ../../nbs/paddy_multi/accumulate/03_trials.ipynb #n014h
+def _near(tol, a, b):
+    if not tol or not b.is_floating_point() or not b.numel(): return torch.equal(a, b)
+    a,b = (o.double().nan_to_num() for o in (a, b))
+    return bool((a-b).abs().max() <= tol*b.abs().max())
+
 # %% ../../nbs/paddy_multi/accumulate/03_trials.ipynb #n014
 def are_same(
     a, # Tensors, nested or not, or numbers
@@ -80,8 +86,3 @@ def are_same(
     pairs = tensors_in(a),tensors_in(b)
     if not any(pairs): return a == b
     return [t.shape for t in pairs[0]] == [t.shape for t in pairs[1]] and all(map(partial(_near, tol), *pairs))
-
-def _near(tol, a, b):
-    if not tol or not b.is_floating_point() or not b.numel(): return torch.equal(a, b)
-    a,b = (o.double().nan_to_num() for o in (a, b))
-    return bool((a-b).abs().max() <= tol*b.abs().max())

@@ -116,6 +116,13 @@ def _replace(folder, facts):
     for old in folder.glob('parts-*'):
         if old.name != facts['parts']: shutil.rmtree(old, ignore_errors=True)
 
+# %% ../../nbs/paddy_multi/distributed/12_checkpoints.ipynb #n020h
+def _same(what, theirs, ours, folder):
+    if theirs == ours: return
+    name = next(o for o in [*ours, *theirs] if ours.get(o) != theirs.get(o))
+    raise ValueError(f'{folder} holds another {what}: {name} is {theirs.get(name)} there, and {ours.get(name)} in '
+                     'this learner. Build it as it was, or begin anew in another folder')
+
 # %% ../../nbs/paddy_multi/distributed/12_checkpoints.ipynb #n020
 def check_fits(
     learn:Learner, # With an optimizer
@@ -129,12 +136,6 @@ def check_fits(
     _same('model', theirs, ours, folder)
     _same('optimizer', settings(facts['hypers']), settings(learn.opt.hypers), folder)
     _same('optimizer', *(dict.fromkeys(o, 'trained') for o in (facts['numbers'], opt_state(learn))), folder)
-
-def _same(what, theirs, ours, folder):
-    if theirs == ours: return
-    name = next(o for o in [*ours, *theirs] if ours.get(o) != theirs.get(o))
-    raise ValueError(f'{folder} holds another {what}: {name} is {theirs.get(name)} there, and {ours.get(name)} in '
-                     'this learner. Build it as it was, or begin anew in another folder')
 
 # %% ../../nbs/paddy_multi/distributed/12_checkpoints.ipynb #n022
 def room_for(

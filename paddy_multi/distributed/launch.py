@@ -74,7 +74,7 @@ def _started(rank, n, port, out, leader):
     return subprocess.Popen([sys.executable, '-c', _serve], stdin=subprocess.PIPE, stdout=out,
                             stderr=subprocess.STDOUT, env=env, process_group=leader)
 
-# %% ../../nbs/paddy_multi/distributed/00_launch.ipynb #n015
+# %% ../../nbs/paddy_multi/distributed/00_launch.ipynb #n015h
 def _waited(processes, start, limit):
     "The seconds after which each ended, `limit` at most"
     seconds = [limit]*len(processes)
@@ -83,6 +83,7 @@ def _waited(processes, start, limit):
         time.sleep(.05)
     return seconds
 
+# %% ../../nbs/paddy_multi/distributed/00_launch.ipynb #n015
 def _end(processes):
     "End a group and all that it has started"
     if not processes: return

@@ -154,6 +154,14 @@ def parts_of_opt(
     parts = {i: {k: part_of(t, params[i]) for k,t in o.items()} for i,o in pairs}
     return {**state, 'state': parts if by_number else [*parts.values()]}
 
+# %% ../../nbs/paddy_multi/distributed/11_sharded.ipynb #n027h
+class _Loads:
+    "Stands for a model or an optimizer where fastai has it load a whole state"
+    def __init__(self, o, parts_of, ranks): self.o,self.parts_of,self.ranks = o,parts_of,ranks
+    def load_state_dict(self, state, **kwargs):
+        with self.ranks.exchange('load'): parts = self.parts_of(self.o, state)
+        self.o.load_state_dict(parts, **kwargs)
+
 # %% ../../nbs/paddy_multi/distributed/11_sharded.ipynb #n027
 @patch
 def load(self:Sharded, file, device=None, **kwargs):
@@ -165,13 +173,6 @@ def load(self:Sharded, file, device=None, **kwargs):
     stands_in = (_Loads(o, f, self.ranks) for o,f in ((learn.model, parts_of_model), (learn.opt, parts_of_opt)))
     load_model(file, *stands_in, device='cpu', **kwargs)
     return learn
-
-class _Loads:
-    "Stands for a model or an optimizer where fastai has it load a whole state"
-    def __init__(self, o, parts_of, ranks): self.o,self.parts_of,self.ranks = o,parts_of,ranks
-    def load_state_dict(self, state, **kwargs):
-        with self.ranks.exchange('load'): parts = self.parts_of(self.o, state)
-        self.o.load_state_dict(parts, **kwargs)
 
 # %% ../../nbs/paddy_multi/distributed/11_sharded.ipynb #n030
 def into_parts(
