@@ -14,9 +14,11 @@ from paddy_multi.distributed.launch import in_processes
 
 
 # --- the same updates, calls and checkpoints ------------------------------------------------------------------------
+MORE = [o for o in (*sharded.CASES, *spread.TABLES) if o not in sharded.FEW]
+
+
 def run_all(folder):
-    names = [*sharded.CASES, *spread.TABLES]
-    return dict(updates=sharded.run_updates(names), calls=sharded.run_calls(folder/'calls'),
+    return dict(updates=sharded.run_updates(sharded.FEW), calls=sharded.run_calls(folder/'calls'),
                 kept=sharded.run_kept(folder/'run'), others=sharded.run_others(folder/'run'))
 
 
@@ -28,8 +30,17 @@ def folder(tmp_path_factory): return tmp_path_factory.mktemp('parts')
 def two(folder): return results(run_all, limit=300, folder=folder)
 
 
-@pytest.mark.parametrize('name', [*sharded.CASES, *spread.TABLES])
+@pytest.fixture(scope='module')
+def more(): return results(sharded.run_updates, limit=300, names=MORE)
+
+
+@pytest.mark.parametrize('name', sharded.FEW)
 def test_updates_of_two_processes_are_those_of_one(two, name): holds(name, [o['updates'][name] for o in two])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', MORE)
+def test_more_updates_of_two_processes_are_those_of_one(more, name): holds(name, [o[name] for o in more])
 
 
 def test_no_gradient_is_averaged_twice(two):
@@ -41,7 +52,7 @@ def test_no_gradient_is_averaged_twice(two):
 
 def test_gradients_are_exchanged_once_an_update(two):
     "For each of two parts, also where a batch is run in chunks"
-    for name in ('plain', 'chunks', 'chunks_clip', 'one_at_a_time'):
+    for name in ('plain', 'chunks', 'chunks_clip'):
         found = two[0]['updates'][name]
         assert found['reduced'] == 2*found['updates'], name
 
@@ -92,6 +103,7 @@ def test_a_checkpoint_of_another_model_is_refused_in_all(two):
 def ended(limit=100, **kwargs): return in_processes(sharded.run_failing, 2, limit, **kwargs)
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_both():
     first, second = ended(f=spread_calls.an_error)
     assert second.error.startswith('ValueError: ') and 'the picture 17 is broken' in second.error and second.code == 1
