@@ -60,7 +60,7 @@ def facts_of(
                for name,state in opt_state(learn).items()}
     return dict(checkpoint=first_words, tensors={name: [list(t.shape), str(t.dtype)] for name,t in tensors.items()},
                 numbers=numbers, hypers=[dict(o) for o in learn.opt.hypers],
-                order=[dl.rng.getstate() for dl in learn.dls.loaders])
+                order=[dl.rng.getstate() for dl in learn.dls.loaders], torch=torch.get_rng_state().tolist())
 
 # %% ../../nbs/paddy_multi/distributed/12_checkpoints.ipynb #n012
 def read_facts(
@@ -188,6 +188,7 @@ def load_sharded(
     with exchanging(ranks, 'read the parts') as group:
         dcp.load(tensors, checkpoint_id=Path(folder)/facts['parts'], process_group=group)
     take_up(learn, facts, tensors)
+    if ranks is None or ranks.rank == 0: torch.set_rng_state(torch.tensor(facts['torch'], dtype=torch.uint8))
     return facts['epochs']
 
 # %% ../../nbs/paddy_multi/distributed/12_checkpoints.ipynb #n026
