@@ -98,7 +98,7 @@ def save_sharded(
     epochs:int=0, # How many are done, which `load_sharded` gives back
 ):
     """Keep weights, optimizer and order of items, each process its part. Whatever stops the processes, `folder` holds
-    this checkpoint or the one before; `OSError` in all of them where one cannot write"""
+    this checkpoint or the one before; `OSError` in all of them where one cannot write its part"""
     ranks,folder = join_processes(),Path(folder)
     if learn.opt is None: learn.create_opt()
     name = f'parts-{secrets.token_hex(4)}'
