@@ -30,6 +30,7 @@ from .shares import ShareDL
 class AcrossProcesses(Callback):
     "Lets a learner train and predict with the rows of all processes"
     name,order,reads_outputs = '_across',8,False
+    all_seen = False    # did the sums of the metrics see the last batch?
     loss_of_own = part = None  # the learner's loss function, and what it is while that is a part of the whole batch's
     def __init__(self,
         ranks:Ranks, # The processes
@@ -104,6 +105,8 @@ def _save_for_finder(self:AcrossProcesses):
 
 @patch
 def before_validate(self:AcrossProcesses):
+    if self.summed and self.all_seen: add_up(self.ranks, self.summed)  # of the validation that this one is called from
+    self.summed = []
     if isinstance(self.learn.dl, (DataLoader, TorchDataLoader)): self.learn.dl = ShareDL(self.learn.dl, self.ranks)
 
 # %% ../../nbs/paddy_multi/distributed/07_callback.ipynb #n014
@@ -120,6 +123,7 @@ def add_up_later(self:AcrossProcesses):
     "Metrics see the own rows, and their sums are added up after the split"
     recorder = getattr(self.learn, 'recorder', None)
     self.summed = sums_of([*self.learn.metrics, *([recorder.loss] if recorder else [])])
+    self.all_seen = self.learn.iter == len(self.share)-1
 
 # %% ../../nbs/paddy_multi/distributed/07_callback.ipynb #n014e
 @patch
@@ -129,9 +133,7 @@ def after_pred(self:AcrossProcesses):
         self.loss_of_own,self.part = self.learn.loss_func,part_of_loss(self.learn, self.ranks, self.sizes)
         self.learn.loss_func = self.part
         if not self.training: self.add_up_later()
-    else:
-        self.summed = []
-        self.gather()
+    else: self.gather()
 
 # %% ../../nbs/paddy_multi/distributed/07_callback.ipynb #n016
 @patch
