@@ -21,6 +21,7 @@ import spread
 import spread_calls
 from paddy_multi.accumulate.microbatch import MicroBatch
 from paddy_multi.core.tensors import replaced
+from paddy_multi.distributed import checkpoints
 from paddy_multi.distributed.across import across_processes
 from paddy_multi.distributed.checkpoints import KeepSharded, load_sharded, save_sharded
 from paddy_multi.distributed.launch import in_processes
@@ -192,6 +193,15 @@ def run_others(folder):
     wide = lambda: nn.Sequential(nn.Linear(20, 5), nn.Linear(5, 5)).double()
     learns = [fresh(model=wide), fresh(opt=SGD), fresh(opt=partial(OptimWrapper, opt=torch.optim.AdamW))]
     return [said(lambda: load_sharded(o, folder)) for o in learns] + [said(lambda: load_sharded(learns[0], 'nowhere'))]
+
+
+def no_space(*args): raise OSError(28, 'No space left on device')
+
+
+def run_without_space(folder):
+    "What is said of a checkpoint whose last file process 0 cannot write"
+    learn = fresh()
+    with replaced(checkpoints, 'write_file', no_space): return said(lambda: save_sharded(learn, folder, 9))
 
 
 def run_killed(folder):

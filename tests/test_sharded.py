@@ -19,7 +19,8 @@ MORE = [o for o in (*sharded.CASES, *spread.TABLES) if o not in sharded.FEW]
 
 def run_all(folder):
     return dict(updates=sharded.run_updates(sharded.FEW), calls=sharded.run_calls(folder/'calls'),
-                kept=sharded.run_kept(folder/'run'), others=sharded.run_others(folder/'run'))
+                kept=sharded.run_kept(folder/'run'), others=sharded.run_others(folder/'run'),
+                no_space=sharded.run_without_space(folder/'run'))
 
 
 @pytest.fixture(scope='module')
@@ -97,6 +98,13 @@ def test_a_checkpoint_of_another_model_is_refused_in_all(two):
     assert 'holds another optimizer: the settings of group 0 is [' in opt
     assert 'holds another optimizer: the settings of group 0 is [' in wrapped
     assert nowhere == 'FileNotFoundError: no checkpoint in nowhere: begin with fit, and KeepSharded'
+
+
+def test_all_learn_of_a_checkpoint_that_one_could_not_write_and_the_one_before_stays(two, folder):
+    first, second = (o['no_space'] for o in two)
+    assert first == 'OSError: [Errno 28] No space left on device'
+    assert second == f'ProcessFailed: process 0 stopped: {first}'
+    assert read_facts(folder/'run')['epochs'] == 2
 
 
 # --- failures -------------------------------------------------------------------------------------------------------

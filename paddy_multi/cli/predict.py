@@ -60,7 +60,6 @@ def predict_in_a_process(
     "What each process does"
     from paddy_multi.distributed.across import across_processes
     from paddy_multi.use.many_files import predict_files
-    warnings.filterwarnings('ignore', message='BatchNorm takes')  # in training
     with across_processes(load_model(model)) as learn:
         predict_files(learn, files, out, progress=sys.stderr.isatty(), **kwargs)
 

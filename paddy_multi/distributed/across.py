@@ -24,7 +24,7 @@ from fastcore.basics import noop
 from ..core.tensors import replaced
 from .callback import AcrossProcesses, of_one
 from .ddp import AcrossByDDP
-from .preconditions import check_engine, check_learner, check_same, warn_of_batchnorm
+from .preconditions import check_engine, check_learner, check_same
 from .ranks import has_own_gpu, is_sharded, join_processes
 from .shares import ShareDL
 
@@ -109,7 +109,6 @@ def across_processes(
         check_learner(learn)
         check_same(learn, ranks)
         _to_own_device(learn)
-        if ranks.rank == 0: warn_of_batchnorm(learn.model, ranks.world_size)
         ranks.broadcast_to('weights', [*learn.model.parameters(), *learn.model.buffers()])
         for o in _quiet(learn, ranks), _as_one(learn, ranks, engine), _own_numbers(ranks): stack.enter_context(o)
         yield learn

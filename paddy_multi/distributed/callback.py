@@ -22,7 +22,7 @@ from ..core.nested import map_tensors
 from ..core.tensors import replaced
 from .parts import add_up, goes_by_parts, part_of_loss, sums_of
 from .peers import Together, check_chunks
-from .preconditions import check_learner
+from .preconditions import check_learner, warn_of_batchnorm
 from .ranks import Ranks
 from .shares import ShareDL
 
@@ -30,6 +30,7 @@ from .shares import ShareDL
 class AcrossProcesses(Callback):
     "Lets a learner train and predict with the rows of all processes"
     name,order,reads_outputs = '_across',8,False
+    warned = False      # of BatchNorm, in this block?
     all_seen = False    # did the sums of the metrics see the last batch?
     loss_of_own = part = None  # the learner's loss function, and what it is while that is a part of the whole batch's
     def __init__(self,
@@ -83,6 +84,8 @@ def before_fit(self:AcrossProcesses):
     self.put_back_loss()
     check_learner(self.learn)
     check_chunks(self.learn, self.ranks)
+    if self.ranks.rank == 0 and not self.warned: warn_of_batchnorm(self.model, self.ranks.world_size)
+    self.warned = True
     self.summed = []
     self.ranks.broadcast_to('weights', [*self.model.parameters(), *self.model.buffers()])
     if hasattr(self.learn, 'lr_finder'):  # fastai has counted the batches of one process

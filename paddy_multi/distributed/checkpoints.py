@@ -9,7 +9,7 @@ __all__ = ['save_sharded', 'load_sharded', 'KeepSharded']
 import json
 import secrets
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -98,17 +98,17 @@ def save_sharded(
     epochs:int=0, # How many are done, which `load_sharded` gives back
 ):
     """Keep weights, optimizer and order of items, each process its part. Whatever stops the processes, `folder` holds
-    this checkpoint or the one before; `OSError` in all of them where one cannot write its part"""
+    this checkpoint or the one before; `OSError` where one cannot write, of which the others learn"""
     ranks,folder = join_processes(),Path(folder)
     if learn.opt is None: learn.create_opt()
     name = f'parts-{secrets.token_hex(4)}'
-    if ranks: name = ranks.broadcast('name of a checkpoint', name)
-    with exchanging(ranks, 'write a checkpoint') as group:
-        tensors = tensors_of(learn)
-        dcp.save(tensors, checkpoint_id=folder/name, process_group=group)
-    facts = {**facts_of(learn, tensors), 'epochs': epochs, 'parts': name}
-    if ranks is None or ranks.rank == 0: _replace(folder, facts)
-    if ranks: ranks.meet('a checkpoint is there')
+    with ranks.together() if ranks else nullcontext():
+        if ranks: name = ranks.broadcast('name of a checkpoint', name)
+        with exchanging(ranks, 'write a checkpoint') as group:
+            tensors = tensors_of(learn)
+            dcp.save(tensors, checkpoint_id=folder/name, process_group=group)
+        facts = {**facts_of(learn, tensors), 'epochs': epochs, 'parts': name}
+        if ranks is None or ranks.rank == 0: _replace(folder, facts)
 
 def _replace(folder, facts):
     "Let new parts take the place of those before, which are removed"
@@ -181,13 +181,13 @@ def load_sharded(
     `ValueError` for that of another model or optimizer"""
     ranks = join_processes()
     if learn.opt is None: learn.create_opt()
-    if ranks: ranks.meet('read a checkpoint')
-    facts = read_facts(folder)
-    check_fits(learn, facts, folder)
-    tensors = room_for(learn, facts)
-    with exchanging(ranks, 'read the parts') as group:
-        dcp.load(tensors, checkpoint_id=Path(folder)/facts['parts'], process_group=group)
-    take_up(learn, facts, tensors)
+    with ranks.together() if ranks else nullcontext():
+        facts = read_facts(folder)
+        check_fits(learn, facts, folder)
+        tensors = room_for(learn, facts)
+        with exchanging(ranks, 'read the parts') as group:
+            dcp.load(tensors, checkpoint_id=Path(folder)/facts['parts'], process_group=group)
+        take_up(learn, facts, tensors)
     if ranks is None or ranks.rank == 0: torch.set_rng_state(torch.tensor(facts['torch'], dtype=torch.uint8))
     return facts['epochs']
 

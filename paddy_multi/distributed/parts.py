@@ -55,8 +55,8 @@ def part_over(
 def _labels_over(ranks, sizes, own):
     "What labels count in all processes, in no less than float32: half precision would not hold it"
     if not sizes[ranks.rank]: own = [torch.zeros_like(o) for o in own]  # of a row that stands for none
-    precise = [o.float() if o.dtype in (torch.float16, torch.bfloat16) else o for o in own]
-    return [new.to(o.dtype) for o,new in zip(precise, sums_over(ranks, 'counts', own))]
+    own = [o.float() if o.dtype in (torch.float16, torch.bfloat16) else o for o in own]
+    return [new.to(o.dtype) for o,new in zip(own, sums_over(ranks, 'counts', own))]
 
 def nothing_of(
     preds, # Output, in any nesting

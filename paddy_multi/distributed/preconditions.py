@@ -72,7 +72,7 @@ def warn_of_batchnorm(
     more = f' and {len(layers)-4} more' if len(layers) > 4 else ''
     warn(f'BatchNorm takes its statistics from the items of one of {n} processes, so the updates are not those of one '
          f'process with the whole batch; running statistics are averaged. Layers: {", ".join(layers[:4])}{more}. '
-         'GroupNorm and LayerNorm have no such difference', stacklevel=4)
+         'GroupNorm and LayerNorm have no such difference', stacklevel=2)
 
 # %% ../../nbs/paddy_multi/distributed/05_preconditions.ipynb #n012
 def _checksum(dataset):
