@@ -2,18 +2,22 @@
 
 One group of two processes runs it all. Process 0 measures, and tells the other what to do, so that variants take turns
 in one run; where one process trains, the other sleeps. Data are scikit-learn's real digits. An epoch includes entering
-and leaving `across_processes`, which sends the weights. Both sides must arrive at the same weights first.
+and leaving `across_processes`, which sends the weights. Both sides must arrive at the same weights first. Predictions
+are of digits as PNG files with a ResNet-18 of random weights: a CSV of them, which both sides must write alike.
 """
 import os
 import sys
+import tempfile
 import traceback
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import timm
 import torch
 import torch.distributed as dist
 from fastai.basics import Adam, DataLoaders, Learner, TfmdDL
+from fastai.vision.all import Resize, get_image_files
 from harness import Case, Variant, keep_freed_memory, main
 from sklearn.datasets import load_digits
 from timm.layers import GroupNorm
@@ -21,12 +25,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from paddy_multi.accumulate.microbatch import MicroBatch
+from paddy_multi.data.digits import sample_digits
+from paddy_multi.data.loaders import MultiTargetDataLoaders
 from paddy_multi.distributed.across import across_processes
 from paddy_multi.distributed.launch import in_processes
 from paddy_multi.distributed.ranks import join_processes
 from paddy_multi.kinds.category import CategoryTarget
 from paddy_multi.kinds.regression import RegressionTarget
 from paddy_multi.targets.declare import Targets
+from paddy_multi.train.learner import multi_target_learner
+from paddy_multi.use.many_files import predict_files
 
 BS, MEETINGS = 64, 100
 
@@ -127,6 +135,31 @@ def epochs(task, chunk, ways):
             for name, how in ways.items()}
     return {'one process': lambda: fit_alone(one), 'one process, two threads': lambda: fit_alone(one, 2), **twos}
 
+def predict(learn, files, out, bs):
+    with learn.no_logging(): predict_files(learn, files, out, bs=bs, part=bs, overwrite=True, progress=False)
+    return out.read_text()
+
+def predict_alone(learn, *args):
+    if dist.get_rank() == 0:
+        with alone(): return predict(learn, *args)
+
+def predict_together(learn, *args):
+    with across_processes(learn): return predict(learn, *args)
+
+def predictions(n):
+    "A CSV of `n` files, in parts of a batch: of one process, and of two that share the parts"
+    folder = Path(join_processes().broadcast('folder', tempfile.mkdtemp()))
+    if dist.get_rank() == 0: sample_digits(folder)
+    dist.barrier(group=join_processes().control)
+    dls = MultiTargetDataLoaders.from_csv(folder, targets=['digit', 'ink'], kinds=dict(digit='category'),
+                                          folder='images', seed=1, bs=BS, num_workers=0, item_tfms=Resize(64))
+    torch.manual_seed(0)
+    learn = multi_target_learner(dls, 'resnet18', pretrained=False)
+    args = learn, get_image_files(folder/'images').sorted()[:n], folder/'predictions.csv', BS//2
+    found = predict_alone(*args), predict_together(*args)
+    if dist.get_rank() == 0 and found[0] != found[1]: raise ValueError('predictions of one and of two differ')
+    return {'one process': lambda: predict_alone(*args), 'two processes': lambda: predict_together(*args)}
+
 def meetings():
     "Meetings beside the barrier of torch.distributed"
     ranks = join_processes()
@@ -138,6 +171,7 @@ def meetings():
             'sum of one number': of(lambda: ranks.sum('here', torch.ones(1)))}
 
 def cases(quick):
+    n = BS if quick else 8*BS
     ways = {'two processes': dict(engine='meeting'), 'two processes, DDP': dict(engine='ddp')}
     def case(name, make, chunk=None, rounds=6):
         task = make(quick)
@@ -145,7 +179,8 @@ def cases(quick):
                     lambda: epochs(task, chunk, ways if chunk is None else {'two processes': {}}),
                     dict(items=len(task[0][0]), bs=BS), rounds)
     return [case('MLP', targets_mlp, rounds=12), case('MLP', targets_mlp, BS//4, 12),
-            case('ResNet', resnet), case('ResNet', resnet, BS//4), Case(f'{MEETINGS} meetings', meetings)]
+            case('ResNet', resnet), case('ResNet', resnet, BS//4),
+            Case('Files predicted', partial(predictions, n), dict(items=n, bs=BS//2), 6), Case(f'{MEETINGS} meetings', meetings)]
 
 # --- two processes --------------------------------------------------------------------------------------------------
 NEXT, END = -1, -2  # what process 0 says beside the number of a variant

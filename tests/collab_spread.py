@@ -49,12 +49,14 @@ def loaders(bs, n=300, implicit=False):
 
 
 class Even(BPRLoss):
-    "BPR whose negatives follow from the pair taken, so that several processes and one have the same"
+    "BPR whose negatives of training too follow from the pair taken, so that several processes and one have the same"
     name = None
     def callbacks(self, dls):
-        def draw(users, gen): return (users*7 + torch.arange(len(users))//(len(users)//self.n)*5) % (dls.n_items-1) + 1
         bpr, first = super().callbacks(dls)
-        bpr.sampler = draw
+        def draw(users, source):
+            if source is not None: return fixed(users, source)
+            return (users*7 + torch.arange(len(users))//(len(users)//self.n)*5) % (dls.n_items-1) + 1
+        fixed,bpr.sampler = bpr.sampler,draw
         return [bpr, first]
 
 
@@ -154,6 +156,19 @@ def run_calls():
     try:
         with across_processes(other) as learn: quietly(learn, fit)
     except ValueError as e: return dict(found=found, expected=expected, refused=str(e))
+
+
+def validate_few():
+    "Four rows to validate, one in each of three processes: the last has none in both batches, of two rows each"
+    def make(bs):
+        splits = lambda df: (range(80), range(80, 84))
+        dls = RatingsDataLoaders.from_df(ratings(84), seed=1, splits=splits, bs=bs, val_bs=bs, device='cpu')
+        return collab_deep_learner(dls, model=MODELS['bias'](dls), lr=.05, metrics=mae)
+    seed(3)
+    ours, one = make(1), make(3)
+    one.model.load_state_dict(ours.model.state_dict())
+    with across_processes(ours) as learn: found = [*learn.validate()]
+    with alone(): return dict(found=found, expected=[*one.validate()])
 
 
 # --- tables in parts ------------------------------------------------------------------------------------------------

@@ -222,15 +222,16 @@ def cross_entropy(): return F.cross_entropy
 
 
 def run_case(n=81, loss=cross_entropy, mixed=None, metrics=lambda: [], cbs=lambda: [], accumulate=0,
-             train_metrics=False, epochs=4, **changed):
-    "Train one case in all processes and in one"
+             train_metrics=False, **changed):
+    "Train one case in all processes and in one, for 20 updates or some more"
     ranks, made = join_processes(60), []
     for bs, drawn in ((8, [ranks.rank]), (8*ranks.world_size, range(ranks.world_size))):
         more = [DrawnMixUp(drawn, **mixed)] if mixed is not None else []
         if accumulate: more.append(GradientAccumulation(8*ranks.world_size*accumulate))
         made.append(learner(bs, loss, n, cbs=[*cbs(), *more], metrics=metrics(), **changed))
         made[-1].recorder.train_metrics = train_metrics
-    return compare(*made, lambda l: l.fit_one_cycle(epochs, .05))
+    updates = n//(8*ranks.world_size*max(1, accumulate))
+    return compare(*made, lambda l: l.fit_one_cycle(-(-20//updates), .05))
 
 
 # --- declared targets -----------------------------------------------------------------------------------------------
@@ -258,7 +259,7 @@ def table_learner(bs, weighting):
 
 def run_table(weighting):
     n = join_processes(60).world_size
-    return compare(table_learner(8, weighting), table_learner(8*n, weighting), lambda l: l.fit_one_cycle(6, .05))
+    return compare(table_learner(8, weighting), table_learner(8*n, weighting), lambda l: l.fit_one_cycle(7, .05))
 
 
 def run_sometimes():

@@ -39,6 +39,14 @@ def digits_learner(folder, bs, cbs=(), num_workers=0):
     return multi_target_learner(dls, body, head_norm='layer', cbs=list(cbs), path=folder)
 
 
+def saved_preds(learn, folder):
+    "What `get_preds` saves by batch, and returns"
+    (folder := Path(folder)/'by_batch').mkdir(exist_ok=True)
+    preds, _ = learn.get_preds(save_preds=folder)
+    files = sorted(folder.iterdir(), key=lambda o: int(o.name))
+    return torch.cat([torch.load(o) for o in files]), preds
+
+
 def predictions(learn, folder):
     "What comes out of a trained learner, by the name of the call"
     files = get_image_files(Path(folder)/'images').sorted()[:37]
@@ -49,7 +57,7 @@ def predictions(learn, folder):
     return dict(
         validate=torch.tensor(learn.validate()), get_preds=learn.get_preds(), of_training=learn.get_preds(ds_idx=0),
         with_all=learn.get_preds(with_input=True, with_decoded=True, with_loss=True),
-        shuffled=learn.get_preds(dl=shuffled), predict=learn.predict(files[0])[2],
+        saved=saved_preds(learn, folder), shuffled=learn.get_preds(dl=shuffled), predict=learn.predict(files[0])[2],
         without_labels=learn.get_preds(dl=learn.dls.test_dl(files[:3]))[0],
         tta=learn.tta(n=2), named=predict_named(learn, files, bs=8), named_tta=predict_named(learn, files, bs=8, tta=1),
         losses=interp.losses, confusion=torch.tensor(interp.confusion_matrix('digit')),

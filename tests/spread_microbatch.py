@@ -132,7 +132,7 @@ def run_table(weighting):
     n = join_processes(60).world_size
     ours, one = table_learner(8, weighting), table_learner(8*n, weighting)
     ours.add_cb(MicroBatch(3))
-    return compare(ours, one, partial(fit, epochs=6))
+    return compare(ours, one, partial(fit, epochs=7))
 
 
 TABLES = dict(declared='fixed', learned_weights='uncertainty')

@@ -194,7 +194,10 @@ def test_negatives_were_not_seen(pairs, seed):
     x = torch.tensor(sorted(pairs))
     ptr = torch.cat([torch.zeros(1, dtype=torch.long), torch.bincount(x[:,0], minlength=5).cumsum(0)])
     sample, users = NegativeSampler((ptr, x[:,1]), 7, tries=200), torch.tensor([1, 2, 3, 4]*20)
-    items = sample(users, torch.Generator().manual_seed(seed))
+    torch.manual_seed(seed)
+    source = torch.stack([torch.full((80,), seed), torch.arange(80)], 1)
+    items = torch.cat([sample(users), sample(users, source)])
+    users = users.repeat(2)
     full = {u for u in range(1, 5) if sum(a == u for a, _ in pairs) == 6}
     assert all((u, i) not in pairs or u in full for u, i in zip(users.tolist(), items.tolist()))
     assert items.min() >= 1 and items.max() <= 6

@@ -34,6 +34,11 @@ def test_updates_of_three_processes_are_those_of_one():
     for name in collab_spread.MAKE: holds([o['cases'][name] for o in three])
 
 
+@pytest.mark.slow
+def test_a_process_without_rows_in_a_batch_counts_for_nothing():
+    for o in results(collab_spread.validate_few, 3, 120): close(o['found'], o['expected'], 1e-6)
+
+
 def test_calls_give_what_they_give_in_one_process(two):
     first, second = (o['calls']['found'] for o in two)
     assert first == second

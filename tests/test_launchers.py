@@ -1,9 +1,12 @@
 "Engines and launchers: whatever starts the processes and averages their gradients, the updates are those of one"
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,7 +28,7 @@ OTHERS = [o for o in [*spread.CASES, *spread.TABLES] if o not in QUICK]
 
 def check_updates(name, found):
     first, second = found
-    assert first['numbers'] == second['numbers'] and first['updates'] >= 8 and first['moved'] > .1
+    assert first['numbers'] == second['numbers'] and first['updates'] >= 20 and first['moved'] > .1
     assert first['weights'] < 1e-10 and first['losses'] < 1e-10
     # What the loss trains is not in the model's forward, and is averaged before the step
     assert first['calls'].get('gradients', 0) == (first['updates'] if name == 'learned_weights' else 0)
@@ -118,11 +121,41 @@ def test_a_script_gives_the_numbers_of_one_process(tmp_path, alone, name):
     command, *args = LAUNCHES[name]
     code, out = ran(tmp_path, command, *args)
     assert code == 0, out
+    check_numbers(tmp_path, alone, (args[1:] or ['meeting'])[0])
+
+
+def check_numbers(folder, alone, engine):
     for rank in range(2):
-        found = json.loads((tmp_path/f'{rank}.json').read_text())
-        assert found['engine'] == (args[1:] or ['meeting'])[0] and found['names'] == alone['names']
+        found = json.loads((folder/f'{rank}.json').read_text())
+        assert found['engine'] == engine and found['names'] == alone['names']
         close(found['numbers'], alone['numbers'], eps=1e-10)
         close(found['metrics'], alone['metrics'], eps=1e-6)  # float32 in the recorder
+
+
+def ran_on_two_nodes(folder, *args):
+    "The same, where `torchrun` is started for two nodes (both of them here), with a process on each"
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = free.getsockname()[1]
+    nodes = [[sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', f'--node-rank={rank}', '--nproc-per-node=1',
+              '--rdzv-backend=c10d', f'--rdzv-endpoint=localhost:{port}'] for rank in range(2)]
+    with ThreadPoolExecutor(2) as pool: return [*pool.map(lambda node: ran(folder, node, *args), nodes)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('engine', ['meeting', 'ddp'])
+def test_processes_on_two_nodes_have_the_numbers_of_one(tmp_path, alone, engine):
+    assert all(code == 0 for code, _ in ran_on_two_nodes(tmp_path, 'train', engine))
+    check_numbers(tmp_path, alone, engine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('what, says', [('error', 'process 1 stopped: OSError: cannot read'),
+                                        ('sigkill', 'process 1 was killed, or ended')])
+def test_what_happens_on_one_node_is_said_on_both(tmp_path, what, says):
+    ended = ran_on_two_nodes(tmp_path, 'happens', 'forward', what)
+    assert time.time()-float((tmp_path/'began').read_text()) < 15 and all(code for code, _ in ended)
+    assert any(re.search(f'ProcessFailed: .*{says}', out) for _, out in ended), ended
 
 
 # --- failures -------------------------------------------------------------------------------------------------------

@@ -329,7 +329,7 @@ def terminate(process): process.terminate()
     (2, terminate, 1)], ids=lambda o: getattr(o, '__name__', o))
 def test_the_command_goes_on_after_any_stop(pictures, learn, before, stop, after):
     printed, code = stopped(pictures, before, stop)
-    assert code != 0 and not (pictures/'p.csv').exists() and 'Traceback' not in printed
+    assert code != 0 and not (pictures/'p.csv').exists() and 'Traceback' not in printed, printed
     if stop is ctrl_c: assert code == 130
     if stop is kill_second: assert code == 1 and 'Error: process' in printed and 'was killed by SIGKILL' in printed
     if stop in (ctrl_c, kill_second): assert 'the same command goes on with the rest' in printed

@@ -144,7 +144,7 @@ def drawn(ranks, make, out):
     again = make()
     in_all(again, kept, folder, resume=True)
     states = read_checkpoint(folder/'checkpoint.pth')['random']
-    return dict(drawn=torch.equal(numbers_of(ours.model), numbers_of(again.model)),
+    return dict(drawn=far(again, ours) < 1e-10,  # a gradient may differ in its last bit, by where it lies in memory
                 states=len({str(o['torch'].tolist()) for o in [states, *states['others']]}))
 
 

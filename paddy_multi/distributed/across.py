@@ -24,7 +24,7 @@ from fastcore.basics import noop
 from ..core.tensors import replaced
 from .callback import AcrossProcesses, of_one
 from .ddp import AcrossByDDP
-from .preconditions import check_engine, check_learner, check_same
+from .preconditions import check_engine, check_spreadable, check_same
 from .ranks import has_own_gpu, is_sharded, join_processes
 from .shares import ShareDL
 
@@ -106,7 +106,7 @@ def across_processes(
     with ExitStack() as stack:
         stack.enter_context(ranks.together(held=engine == 'meeting' and not is_sharded(learn.model)))
         ranks.same('the engine', engine, 'Use one in all of them')
-        check_learner(learn)
+        check_spreadable(learn)
         check_same(learn, ranks)
         _to_own_device(learn)
         ranks.broadcast_to('weights', [*learn.model.parameters(), *learn.model.buffers()])

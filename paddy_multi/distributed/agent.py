@@ -44,7 +44,8 @@ def take_part(
 ):
     "Run, silent in all processes but 0, and leave errors to the agent"
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    over = threading.Event()
+    threading.Thread(target=_end_with, args=(parent, over), daemon=True).start()
     with ExitStack() as stack:
         if os.environ['RANK'] != '0':
             nowhere = stack.enter_context(open(os.devnull, 'w'))
@@ -52,10 +53,11 @@ def take_part(
         try: record(run)()
         except KeyboardInterrupt: sys.exit(130)
         except Exception: sys.exit(1)
+        finally: over.set()
 
-def _end_with(parent):
+def _end_with(parent, over):
     while os.getppid() == parent: time.sleep(.3)
-    os.kill(os.getpid(), signal.SIGINT)
+    if not over.is_set(): os.kill(os.getpid(), signal.SIGINT)
     time.sleep(10)
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader as TorchDataLoader
 from ..accumulate.halving import Halving
 from ..core.nested import map_tensors
 from ..core.tensors import replaced
-from .parts import add_up, goes_by_parts, part_of_loss, sums_of
+from .parts import (add_up, goes_by_parts, leave_out_nothing, part_of_loss,
+                                           sums_of)
 from .peers import Together, check_chunks
-from .preconditions import check_learner, warn_of_batchnorm
+from .preconditions import check_spreadable, warn_of_batchnorm
 from .ranks import Ranks
 from .shares import ShareDL
 
@@ -32,6 +33,7 @@ class AcrossProcesses(Callback):
     name,order,reads_outputs = '_across',8,False
     warned = False      # of BatchNorm, in this block?
     all_seen = False    # did the sums of the metrics see the last batch?
+    saves = False       # does `get_preds` write files in this split?
     loss_of_own = part = None  # the learner's loss function, and what it is while that is a part of the whole batch's
     def __init__(self,
         ranks:Ranks, # The processes
@@ -82,7 +84,7 @@ def before_fit(self:AcrossProcesses):
             if isinstance(cb, of_one): cb.run = False
     if self.learn.lock.locked(): return  # validation
     self.put_back_loss()
-    check_learner(self.learn)
+    check_spreadable(self.learn)
     check_chunks(self.learn, self.ranks)
     if self.ranks.rank == 0 and not self.warned: warn_of_batchnorm(self.model, self.ranks.world_size)
     self.warned = True
@@ -110,7 +112,14 @@ def _save_for_finder(self:AcrossProcesses):
 def before_validate(self:AcrossProcesses):
     if self.summed and self.all_seen: add_up(self.ranks, self.summed)  # of the validation that this one is called from
     self.summed = []
+    self._save_once(getattr(self.learn, 'gather_preds', None))
     if isinstance(self.learn.dl, (DataLoader, TorchDataLoader)): self.learn.dl = ShareDL(self.learn.dl, self.ranks)
+
+@patch
+def _save_once(self:AcrossProcesses, gatherer):
+    "All have the same predictions, and process 0 writes those that `get_preds` saves by batch"
+    self.saves = gatherer is not None and bool(gatherer.save_preds or gatherer.save_targs)
+    if self.saves and self.ranks.rank: gatherer.save_preds = gatherer.save_targs = None
 
 # %% ../../nbs/paddy_multi/distributed/07_callback.ipynb #n014
 @patch
@@ -125,6 +134,7 @@ def before_batch(self:AcrossProcesses):
 def add_up_later(self:AcrossProcesses):
     "Metrics see the own rows, and their sums are added up after the split"
     recorder = getattr(self.learn, 'recorder', None)
+    leave_out_nothing(self.summed)  # the batch before may have had no own row
     self.summed = sums_of([*self.learn.metrics, *([recorder.loss] if recorder else [])])
     self.all_seen = self.learn.iter == len(self.share)-1
 
@@ -197,6 +207,7 @@ def after_validate(self:AcrossProcesses):
     "Sums over the own rows become those over all, and each process knows which items none could read"
     if self.summed: add_up(self.ranks, self.summed)
     self.summed = []
+    if self.saves: self.ranks.meet('saved predictions')  # from here on any process can read them
     failed = vars(self.share.dl).get('failed') if self.share else None
     if failed is not None: failed.copy_(self.ranks.sum('unreadable items', failed.int()).bool())
 

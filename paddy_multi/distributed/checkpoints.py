@@ -51,7 +51,7 @@ def tensors_of(
 # %% ../../nbs/paddy_multi/distributed/12_checkpoints.ipynb #n011
 first_words = 'paddy-multi checkpoint of parts 1'
 
-def facts_of(
+def facts_of_checkpoint(
     learn:Learner, # With an optimizer
     tensors:dict, # By name, as `tensors_of` gives them
 )->dict: # Of what JSON knows
@@ -107,7 +107,7 @@ def save_sharded(
         with exchanging(ranks, 'write a checkpoint') as group:
             tensors = tensors_of(learn)
             dcp.save(tensors, checkpoint_id=folder/name, process_group=group)
-        facts = {**facts_of(learn, tensors), 'epochs': epochs, 'parts': name}
+        facts = {**facts_of_checkpoint(learn, tensors), 'epochs': epochs, 'parts': name}
         if ranks is None or ranks.rank == 0: _replace(folder, facts)
 
 def _replace(folder, facts):

@@ -108,15 +108,21 @@ def goes_by_parts(
     if not learn.training and sums_of(learn.metrics) is None: return False
     return known_to_add_up(learn)
 
+# %% ../../nbs/paddy_multi/distributed/04_parts.ipynb #ec95179a
+def leave_out_nothing(
+    sums:list, # As `sums_of` gave them before a batch
+):
+    "After a batch without own rows: a mean of nothing is NaN, and counts nothing"
+    for o,before in sums:
+        if before.get('count') is not None and before['count'] == o.count: o.total = before['total']
+
 # %% ../../nbs/paddy_multi/distributed/04_parts.ipynb #n016
 def add_up(
     ranks:Ranks, # The processes that hold the other rows
-    sums:list, # As `sums_of` gives them before the last batch
+    sums:list, # As `sums_of` gave them before the last batch
 ):
     "Let sums over the own rows be those over the rows of all processes"
-    for o,before in sums:
-        # Of a batch without own rows the mean is NaN, and counts nothing
-        if before.get('count') is not None and before['count'] == o.count: o.total = before['total']
+    leave_out_nothing(sums)
     own = [(o, name, getattr(o, name)) for o,before in sums for name in before]
     own = [(o, name, v) for o,name,v in own if v is not None]
     totals = sums_over(ranks, 'metrics', [_numbers(v) for *_,v in own])

@@ -23,7 +23,7 @@ _refused = dict(
     ModelResetter=_carries, RNNCallback=_carries, RNNRegularizer=_carries,
     GANTrainer='it trains two models in turns')
 
-def check_learner(
+def check_spreadable(
     learn, # `Learner` that is about to train in several processes
 ):
     "`ValueError` for callbacks and layers that several processes cannot train with"
@@ -84,7 +84,7 @@ def _checksum(dataset):
     return len(dataset) if hasattr(dataset, '__len__') else None, zlib.crc32(text.encode())
 
 # %% ../../nbs/paddy_multi/distributed/05_preconditions.ipynb #n012b
-def facts_of(
+def must_be_same(
     learn, # `Learner` of one process
 )->dict: # By name, with a `repr` that tells it
     "What has to be the same in all processes"
@@ -100,5 +100,5 @@ def check_same(
     ranks:Ranks, # The processes that have one each
 ):
     "`ValueError` on all processes where they have not built the same model and data"
-    for what,fact in facts_of(learn).items():
+    for what,fact in must_be_same(learn).items():
         ranks.same(what, fact, 'Build model and data alike in all of them, with a fixed seed for a random split')

@@ -8,8 +8,10 @@ __all__ = ['predict_files']
 # %% ../../nbs/paddy_multi/use/06_many_files.ipynb #n003
 import hashlib
 import os
+import signal
 import time
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -19,6 +21,7 @@ from fastai.learner import Learner
 
 from ..core.files import written_whole
 from ..core.tables import csv_safe
+from ..distributed.meeting import Told, listening
 from ..distributed.ranks import is_sharded
 from ..train.fingerprint import plain_setting, target_settings
 from .csv_parts import Parts
@@ -87,14 +90,20 @@ def heed(
     if ranks.told.number: news.touch()
     if news.exists(): ranks.meet('stop')
 
-class HeedSignals(Callback):
-    "Leaves as `heed` does, after each batch"
-    def __init__(self,
-        ranks, # `Ranks`
-        news:Path, # As `heed` takes it
-    ): self.ranks,self.news = ranks,news
+def heed_alone(
+    told:Told, # What has taken signals
+):
+    "Leave, if this process was told to stop"
+    if told.number == signal.SIGINT: raise KeyboardInterrupt
+    if told.number: raise SystemExit(128+told.number)
 
-    def after_batch(self): heed(self.ranks, self.news)
+class HeedSignals(Callback):
+    "Leaves after a batch, if it has to"
+    def __init__(self,
+        leave, # Function that does so
+    ): self.leave = leave
+
+    def after_batch(self): self.leave()
 
 def ranks_of(
     learn, # Learner
@@ -106,21 +115,33 @@ def ranks_of(
     return learn.across_processes.ranks if hasattr(learn, 'across_processes') else None
 
 @contextmanager
-def on_its_own(
-    learn, # Learner
-    ranks, # `Ranks` of the block that it is in, or None
-    news:Path, # File that tells the others that this process leaves by an error
-):
-    "Inside the block `learn` predicts what it is given, whatever others do"
-    if ranks is None:
-        yield
-        return
-    with learn.removed_cbs([learn.across_processes]), learn.added_cbs([HeedSignals(ranks, news)]):
-        try: yield
+def _alone(learn):
+    told = Told()
+    leave = partial(heed_alone, told)
+    with listening(told), learn.added_cbs([HeedSignals(leave)]):
+        try: yield leave
+        except Exception:
+            leave()  # workers of a loader, which a terminal tells too, have ended first
+            raise
+        leave()
+
+@contextmanager
+def _among_others(learn, ranks, news):
+    leave = partial(heed, ranks, news)
+    with learn.removed_cbs([learn.across_processes]), learn.added_cbs([HeedSignals(leave)]):
+        try: yield leave
         except BaseException:
             if not ranks.all_know:
                 with suppress(OSError): news.touch()
             raise
+
+def on_its_own(
+    learn, # Learner
+    ranks, # `Ranks` of the block that it is in, or None
+    news:Path, # File that tells the others that this process leaves by an error
+): # A context manager, which gives a function that leaves the block if this process has to
+    "Inside the block `learn` predicts what it is given, whatever others do"
+    return _alone(learn) if ranks is None else _among_others(learn, ranks, news)
 
 # %% ../../nbs/paddy_multi/use/06_many_files.ipynb #n025
 def paths_of(
@@ -154,15 +175,15 @@ def as_first(
     "Make parts and put all of them together"
     news = parts.folder/'stopped'
     def meet(what): return ranks.meet(what) if ranks else None
-    def work():
+    def work(leave):
         if parts.make_one(text_of): return
-        if ranks: heed(ranks, news)
+        leave()
         time.sleep(.05)
     with parts.begun(facts, overwrite):
         news.unlink(missing_ok=True)
         meet('parts begun')
         with written_whole(parts.out) as file:
-            with on_its_own(learn, ranks, news): parts.join(file, work, progress)
+            with on_its_own(learn, ranks, news) as leave: parts.join(file, partial(work, leave), progress)
             meet('parts made')
     meet('parts joined')
 
