@@ -20,6 +20,7 @@ import spread_microbatch
 from paddy_multi.accumulate.microbatch import MicroBatch
 from paddy_multi.distributed.across import across_processes
 from paddy_multi.distributed.ranks import join_processes
+from paddy_multi.distributed.sharded import shard_learner
 
 
 def rank(): return int(os.environ.get('RANK', 0))
@@ -153,6 +154,7 @@ def happens(folder, where, what, engine='meeting', in_rank=1):
     "Train, validate, predict and export, while something happens in one process"
     global PIDS
     PIDS, learn, here = Path(folder)/'pids', spread.learner(8, spread.cross_entropy), rank() == in_rank
+    if engine == 'parts': engine, learn = 'meeting', shard_learner(learn)
     def f():
         (Path(folder)/'began').write_text(repr(time.time()))
         WHAT[what]()

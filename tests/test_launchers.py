@@ -189,6 +189,10 @@ UNDER = [('torchrun', 'ddp', 'forward', 'error', 'process 1 stopped: OSError: ca
          ('torchrun', 'meeting', 'forward', 'ctrl_c', 'was told to stop by SIGINT'),
          ('torchrun', 'meeting', 'loading', 'sigkill', 'Signal 9 (SIGKILL) received'),
          ('torchrun', 'meeting', 'worker', 'sigkill', 'process 1 stopped: RuntimeError: DataLoader worker'),
+         ('torchrun', 'parts', 'forward', 'error', 'process 1 stopped: OSError: cannot read picture 17'),
+         ('torchrun', 'parts', 'backward', 'sigkill', 'Signal 9 (SIGKILL) received'),
+         ('torchrun', 'parts', 'loading', 'sigterm', 'Signal 15 (SIGTERM) received'),
+         ('torchrun', 'parts', 'forward', 'ctrl_c', 'KeyboardInterrupt'),
          ('accelerate', 'ddp', 'forward', 'error', 'process 1 stopped: OSError: cannot read picture 17'),
          ('accelerate', 'ddp', 'backward', 'sigkill', 'Signal 9 (SIGKILL) received'),
          ('accelerate', 'meeting', 'predictions', 'error', 'ProcessFailed: process 1 stopped: OSError: cannot read')]
