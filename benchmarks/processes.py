@@ -146,9 +146,8 @@ def predict_alone(learn, *args):
 def predict_together(learn, *args):
     with across_processes(learn): return predict(learn, *args)
 
-def predictions(n):
+def predictions(n, folder):
     "A CSV of `n` files, in parts of a batch: of one process, and of two that share the parts"
-    folder = Path(join_processes().broadcast('folder', tempfile.mkdtemp()))
     if dist.get_rank() == 0: sample_digits(folder)
     dist.barrier(group=join_processes().control)
     dls = MultiTargetDataLoaders.from_csv(folder, targets=['digit', 'ink'], kinds=dict(digit='category'),
@@ -170,7 +169,7 @@ def meetings():
     return {'barrier': of(lambda: dist.barrier(group=ranks.control)), 'meeting': of(lambda: ranks.meet('here')),
             'sum of one number': of(lambda: ranks.sum('here', torch.ones(1)))}
 
-def cases(quick):
+def cases(quick, folder):
     n = BS if quick else 8*BS
     ways = {'two processes': dict(engine='meeting'), 'two processes, DDP': dict(engine='ddp')}
     def case(name, make, chunk=None, rounds=6):
@@ -180,7 +179,8 @@ def cases(quick):
                     dict(items=len(task[0][0]), bs=BS), rounds)
     return [case('MLP', targets_mlp, rounds=12), case('MLP', targets_mlp, BS//4, 12),
             case('ResNet', resnet), case('ResNet', resnet, BS//4),
-            Case('Files predicted', partial(predictions, n), dict(items=n, bs=BS//2), 6), Case(f'{MEETINGS} meetings', meetings)]
+            Case('Files predicted', partial(predictions, n, folder), dict(items=n, bs=BS//2), 6),
+            Case(f'{MEETINGS} meetings', meetings)]
 
 # --- two processes --------------------------------------------------------------------------------------------------
 NEXT, END = -1, -2  # what process 0 says beside the number of a variant
@@ -210,17 +210,18 @@ def follow(cases):
             else: runs[i]()
         except Exception: traceback.print_exc()  # which process 0 has met too
 
-def one_of_two(argv):
+def one_of_two(argv, folder):
     "Process 0 measures"
     keep_freed_memory()
     torch.set_num_threads(1)
-    if join_processes(600).rank: return follow(cases('--quick' in argv))
+    if join_processes(600).rank: return follow(cases('--quick' in argv, folder))
     main('processes', 'Several processes', 'What do two processes bring, and what do they exchange?',
-         lambda quick: [announced(o) for o in cases(quick)], argv=argv)
+         lambda quick: [announced(o) for o in cases(quick, folder)], argv=argv)
     told(END)
 
 if __name__ == '__main__':
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # else threads spin while others have the cores
-    ended = in_processes(one_of_two, 2, 580, argv=sys.argv[1:])
+    with tempfile.TemporaryDirectory() as place:
+        ended = in_processes(one_of_two, 2, 580, argv=sys.argv[1:], folder=Path(place))
     for o in ended: print(o.output)
     sys.exit(max(abs(o.code) for o in ended))

@@ -57,6 +57,7 @@ from .distributed.shares import *
 from .distributed.parts import *
 from .distributed.preconditions import *
 from .distributed.peers import *
+from .distributed.start import *
 from .distributed.callback import *
 from .distributed.ddp import *
 from .distributed.across import *

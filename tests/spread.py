@@ -13,7 +13,8 @@ from fastai.basics import Adam, Callback, DataLoaders, Learner, SGD, TfmdDL
 from fastai.callback.mixup import MixUp
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.all import DataBlock, IndexSplitter, TransformBlock
-from fastai.metrics import DiceMulti, F1Score, JaccardCoeffMulti, accuracy, foreground_acc, top_k_accuracy
+from fastai.metrics import (AvgMetric, DiceMulti, F1Score, JaccardCoeffMulti, Perplexity, accuracy, foreground_acc,
+                            top_k_accuracy)
 from torch import nn
 
 from paddy_multi.distributed.across import across_processes
@@ -192,6 +193,9 @@ class Sometimes(nn.Sequential):
         return self[1](h) + (self[2](h) if (x[:, 0] > 2.2).any() else 0.)
 
 
+def cross_entropy(): return F.cross_entropy
+
+
 weights = torch.tensor([.1, 5, 1, 2, .5]).double()
 macro_f1 = lambda: [accuracy, F1Score(average='macro')]
 of_pixels = lambda: [partial(accuracy, axis=1), DiceMulti(), JaccardCoeffMulti()]
@@ -215,10 +219,15 @@ CASES = dict(
     mixup=dict(loss=MixedCrossEntropy, mixed=dict()), cutmix=dict(loss=MixedCrossEntropy, mixed=dict(cut=True)),
     mixup_gathered=dict(loss=MixedCrossEntropy, mixed=dict(), train_metrics=True, metrics=lambda: [accuracy]),
     mixup_numbers=dict(loss=lambda: F.mse_loss, y=one_hot, mixed=dict()),
-    unused_parts=dict(model=partly_used, opt=partial(Adam, wd=.1)), accumulated=dict(n=96, accumulate=2))
+    unused_parts=dict(model=partly_used, opt=partial(Adam, wd=.1)), accumulated=dict(n=96, accumulate=2),
+    clips_early=dict(cbs=lambda: [ClipsEarly()]),
+    one_validated=dict(n_valid=1, metrics=lambda: [accuracy, Perplexity(), AvgMetric(accuracy)]))
 
 
-def cross_entropy(): return F.cross_entropy
+class ClipsEarly(Callback):
+    "Changes gradients before the callbacks that fastai has for it"
+    order, reads_outputs = 0, False
+    def before_step(self): nn.utils.clip_grad_norm_(self.model.parameters(), .1)
 
 
 def run_case(n=81, loss=cross_entropy, mixed=None, metrics=lambda: [], cbs=lambda: [], accumulate=0,
@@ -280,4 +289,50 @@ TABLES = dict(declared='fixed', learned_weights='uncertainty')
 def run_cases(names):
     "What `compare` finds, by name of the case"
     found = {name: run_table(TABLES[name]) if name in TABLES else run_case(**CASES[name]) for name in names}
-    return {**found, 'sometimes': run_sometimes()}
+    return {**found, 'sometimes': run_sometimes(), 'begun': run_begun()}
+
+
+# --- what differs between processes at the start --------------------------------------------------------------------
+class OwnWeights(nn.Module):
+    "A loss with a weight of each class that is trained, and that each process draws for itself"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(join_processes().rank)
+        self.w = nn.Parameter(torch.randn(5).double())
+    def forward(self, pred, targ): return F.cross_entropy(pred*self.w.exp(), targ)
+
+
+def dropping(): return nn.Sequential(*mlp(), nn.Dropout(.5))
+
+
+def drawn_in_blocks():
+    "A number that follows three fits with dropout, each in a block of its own; and one after a block in another"
+    learn, other, drawn = (*(learner(8, cross_entropy, model=dropping) for _ in range(2)), [])
+    for _ in range(3):
+        with across_processes(learn) as l:
+            quietly(l, lambda l: l.fit(1))
+            drawn.append(torch.rand(1).item())
+    with across_processes(learn):
+        with across_processes(other): pass
+        drawn.append(torch.rand(1).item())
+    return drawn
+
+
+def trained_alone_before(epochs=1, lr=.05):
+    "What is left of a fit of each process by itself, in an order of its own, after one together; or what it says"
+    learn = learner(8, cross_entropy, opt=Adam)
+    learn.dls.train.rng, learn.lr = random.Random(join_processes().rank), lr
+    with alone(): quietly(learn, lambda l: l.fit(epochs))
+    try:
+        with across_processes(learn) as l: quietly(l, lambda l: l.fit(1))
+    except ValueError as e: return str(e)
+    return numbers_of(learn.model).sum().item()
+
+
+def run_begun():
+    rank = join_processes().rank
+    learn = learner(8, OwnWeights)
+    learn.splitter = lambda model: [[*model.parameters(), learn.loss_func.w]]
+    with across_processes(learn) as l: quietly(l, lambda l: l.fit(2))
+    return dict(drawn=drawn_in_blocks(), alone=trained_alone_before(), loss=learn.loss_func.w.tolist(),
+                lr=trained_alone_before(lr=.01*(rank+1)), epochs=trained_alone_before(epochs=rank+1))

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import time
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +20,7 @@ from paddy_multi.distributed.ranks import join_processes
 from paddy_multi.train.learner import multi_target_learner
 from paddy_multi.use.interpret import MultiTargetInterpretation
 from paddy_multi.use.predict import predict_named
-from spread import alone, numbers_of, seed
+from spread import numbers_of, seed
 
 
 def write_digits(folder):
@@ -41,7 +42,8 @@ def digits_learner(folder, bs, cbs=(), num_workers=0):
 
 def saved_preds(learn, folder):
     "What `get_preds` saves by batch, and returns"
-    (folder := Path(folder)/'by_batch').mkdir(exist_ok=True)
+    whose = 'all' if hasattr(learn, 'across_processes') else os.environ['RANK']
+    (folder := Path(folder)/f'by_batch_of_{whose}').mkdir(exist_ok=True)
     preds, _ = learn.get_preds(save_preds=folder)
     files = sorted(folder.iterdir(), key=lambda o: int(o.name))
     return torch.cat([torch.load(o) for o in files]), preds
@@ -65,7 +67,7 @@ def predictions(learn, folder):
 
 
 def run_calls(folder):
-    "In all processes: train, predict, look for a rate, track, save; then predict in one, with the same weights"
+    "In all processes: train, predict, look for a rate, track, save; then predict by itself, with the same weights"
     ranks, learn = join_processes(60), digits_learner(folder, 8)
     found = {}
     with across_processes(learn), learn.no_bar():
@@ -95,10 +97,12 @@ def run_calls(folder):
     found['loaded'] = torch.equal(numbers_of(loaded.model), numbers_of(learn.model))
     found['left'] = [type(cb).__name__ for cb in learn.cbs if 'Across' in type(cb).__name__]
     found['shows'] = hasattr(learn, 'progress')
-    with alone():
-        one = digits_learner(folder, 8*ranks.world_size)
-        one.model.load_state_dict(trained)
-        with one.no_bar(), one.no_logging(): return given, predictions(one, folder), found
+    one = digits_learner(folder, 8*ranks.world_size)
+    if ranks.rank == 0: one.load('kept')  # by itself, and without waiting for others
+    with warnings.catch_warnings(record=True, action='always') as said, one.no_bar(), one.no_logging(): one.fit(0)
+    found['by_itself'] = [str(o.message) for o in said]
+    one.model.load_state_dict(trained)
+    with one.no_bar(), one.no_logging(): return given, predictions(one, folder), found
 
 
 # --- failures -------------------------------------------------------------------------------------------------------

@@ -56,6 +56,17 @@ def test_a_part_that_one_process_has_used_moves_alike_in_all(two):
     assert first == second and first['moved'] > .1 and first['buffers'][0] != 0  # running means
 
 
+def test_what_differs_at_the_start_does_not_last(two):
+    first, second = (o['begun'] for o in two)
+    for name in 'alone', 'loss': assert first[name] == second[name]
+    drawn = first['drawn'] + second['drawn']
+    assert len({*drawn}) == len(drawn) == 8
+    for o in (first, second):
+        assert o['lr'].startswith('the processes differ in the settings of the optimizer: process 0 ')
+        assert o['epochs'].startswith('the processes differ in the state of the optimizer: process 0 ')
+        assert o['epochs'].endswith('or make it anew in all of them: learn.create_opt()')
+
+
 def test_one_gradient_exchange_an_update(two):
     calls = {name: two[0][name]['calls'] for name in [*spread.CASES, *spread.TABLES]}
     updates = {name: two[0][name]['updates'] for name in calls} | dict(accumulated=21)
@@ -124,6 +135,7 @@ def test_rates_trackers_and_files(called, digits):
     assert 1e-7 < first['rate'][0] < 10 and first['rate'][1] > 10 and first['restored']
     assert first['epochs'] == 2 and math.isclose(first['reduced'], .0001)  # 0.01, and two epochs without improvement
     close(*first['fetched'], eps=1e-4)
+    assert any(o.startswith('each of 2 processes trains by itself') for o in first['by_itself'])
     assert first['loaded'] and first['left'] == [] and first['world'] == '2' and first['shows'] and second['shows']
     assert sorted(o.name for o in (digits/'models').iterdir()) == ['best.pth', 'kept.pth']  # nothing of lr_find
     assert len((digits/'history.csv').read_text().splitlines()) == 3

@@ -26,6 +26,7 @@ from .optimizer import fused_adamw, lr_wd_for
 from paddy_multi.core.autocast import RestoresAutocast
 from paddy_multi.core.facts import differences, remember
 from paddy_multi.core.finite import CheckFinite, OwnEvents
+from paddy_multi.core.launched import warn_by_itself
 
 # %% ../../nbs/collab_deep/train/02_learner.ipynb #c007
 class FillUnknown(OwnEvents):
@@ -69,7 +70,9 @@ class CheckIds(OwnEvents):
     ): self.vocab,self.bound = vocab,bound
 
     def before_fit(self):
-        if getattr(self.model, 'shards', None) is None or self.learn.lock.locked(): return
+        if self.learn.lock.locked(): return  # validation
+        warn_by_itself(self.learn)
+        if getattr(self.model, 'shards', None) is None: return
         if any(o.__name__ == 'MicroBatch' for cb in self.learn.cbs for o in type(cb).__mro__):
             raise ValueError('MicroBatch cuts the rows of each process by their number, and tables in parts are read '
                              'by all processes at once: leave it out, and use a smaller bs')

@@ -95,9 +95,8 @@ def scrambled(
     x = torch.zeros_like(numbers[0])
     for number in numbers:
         x = x + number + (0x9e3779b97f4a7c15-2**64)
-        x = (x ^ right(x, 30))*(0xbf58476d1ce4e5b9-2**64)
-        x = (x ^ right(x, 27))*(0x94d049bb133111eb-2**64)
-        x = x ^ right(x, 31)
+        for n,factor in (30, 0xbf58476d1ce4e5b9-2**64), (27, 0x94d049bb133111eb-2**64), (31, 1):
+            x = (x ^ right(x, n))*factor
     return x & 2**63-1
 
 # %% ../../nbs/collab_deep/train/00_losses.ipynb #c022
@@ -132,8 +131,7 @@ def __call__(self:NegativeSampler,
         return scrambled(*source[rows].T, i) % (self.n_items-1) + 1
     items = draw(torch.arange(len(users), device=users.device), 0)
     for i in range(1, self.tries+1):
-        again = self.seen(users, items).nonzero()[:,0]
-        if not len(again): break
+        if not len(again := self.seen(users, items).nonzero()[:,0]): break
         items[again] = draw(again, i)
     return items
 
@@ -161,8 +159,7 @@ class BPRCallback(Callback):
 
     def before_batch(self):
         if hasattr(self, 'gather_preds') or not len(self.yb): return # predictions are of the pairs asked for
-        taken = self.xb[0]
-        users = taken[:,0].repeat(self.n)
+        taken,users = self.xb[0],self.xb[0][:,0].repeat(self.n)
         left = torch.stack([users, self.sampler(users, None if self.training else self.fixed(taken))], 1)
         self.learn.xb = (torch.cat([taken, left]),)
         targ = torch.cat([torch.ones(len(taken)), torch.zeros(len(left))]).to(taken.device)

@@ -138,6 +138,7 @@ def after_validate(self:CheckFinite):
     "Warn of a validation loss that is not finite"
     recorder = getattr(self.learn, 'recorder', None)
     if recorder is None or not recorder.valid_metrics or _looks_for_a_rate(self.learn): return
+    if hasattr(self.learn, 'gather_preds'): return  # of predictions, which no tracker sees
     value = recorder.loss.value
     if value is None or math.isfinite(value): return
     warnings.warn(f'the validation loss is {float(value)}, which no tracker takes for an improvement: look at the '

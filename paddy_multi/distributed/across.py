@@ -7,13 +7,16 @@ __all__ = ['across_processes']
 
 # %% ../../nbs/paddy_multi/distributed/10_across.ipynb #n003
 import os
+import pickle
 import random
 import sys
+import zlib
 from contextlib import ExitStack, contextmanager
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 
 import fastai.learner
+import fastai.torch_core
 import numpy as np
 import torch
 from fastai.callback import tracker
@@ -25,7 +28,7 @@ from ..core.tensors import replaced
 from .callback import AcrossProcesses, of_one
 from .ddp import AcrossByDDP
 from .preconditions import check_engine, check_spreadable, check_same
-from .ranks import has_own_gpu, is_sharded, join_processes
+from .ranks import has_own_gpu, is_sharded, join_processes, joined
 from .shares import ShareDL
 
 # %% ../../nbs/paddy_multi/distributed/10_across.ipynb #n028
@@ -60,31 +63,46 @@ _engines = dict(meeting=AcrossProcesses, ddp=AcrossByDDP)
 
 @contextmanager
 def _as_one(learn, ranks, engine):
-    "The callback is in the learner, and fastai finds the number of this process, but no others"
-    cb,before = _engines[engine](ranks),{o: os.environ.pop(o, None) for o in ('WORLD_SIZE', 'RANK')}
+    "The callback is in the learner, and fastai finds the number of this process"
+    cb,before = _engines[engine](ranks),os.environ.get('RANK')
     os.environ['RANK'] = str(ranks.rank)
     cb.engine = 'fsdp' if is_sharded(learn.model) else engine
     learn.add_cb(cb)
     try:
         with replaced(fastai.learner, 'distrib_barrier', lambda: ranks.meet('load')): yield
     finally:
-        del os.environ['RANK']
-        os.environ.update({k: v for k,v in before.items() if v is not None})
+        if before is None: del os.environ['RANK']
+        else: os.environ['RANK'] = before
         if engine == 'ddp': cb.unwrap()
         cb.put_back_loss()
         if isinstance(getattr(learn, 'dl', None), ShareDL): learn.dl = learn.dl.dl
         learn.remove_cb(cb)
 
+# %% ../../nbs/paddy_multi/distributed/10_across.ipynb #90442832
+_of_fastai = []  # learners in a `distrib_ctx` that is fastai's own
+
+def let_fastai_find_one():
+    "In processes that were joined here fastai exchanges nothing by itself, but for learners of its own"
+    now = fastai.torch_core.num_distrib
+    found = getattr(now, 'found', now)
+    def num_distrib(): return found() if _of_fastai or not joined else 0
+    num_distrib.found,fastai.torch_core.num_distrib = found,num_distrib
+
+let_fastai_find_one()
+
 # %% ../../nbs/paddy_multi/distributed/10_across.ipynb #n030
 @contextmanager
 def _own_numbers(ranks):
     "Random numbers that no other process has, and those of process 0 after the block"
-    seed = ranks.broadcast('random numbers', random.Random(repr(random.getstate())).getrandbits(31)) + ranks.rank
+    if ranks.own_numbers:  # of a block around this one
+        yield
+        return
+    seed = ranks.broadcast('random numbers', zlib.crc32(pickle.dumps(get_random_states())))
     if ranks.rank:
-        random.seed(seed)
-        np.random.seed(seed%2**32)
-        torch.manual_seed(seed)
-    yield
+        random.seed(seed+ranks.rank)
+        np.random.seed((seed+ranks.rank)%2**32)
+        torch.manual_seed(seed+ranks.rank)
+    with replaced(ranks, 'own_numbers', True): yield
     states = ranks.broadcast('random numbers', get_random_states())
     if ranks.rank: set_random_states(**states)
 
@@ -118,7 +136,9 @@ def hand_over():
     "Let `distrib_ctx` of learners with declared targets be `across_processes`"
     to,detach = Learner.to_distributed,Learner.detach_distributed
     def to_distributed(self, sync_bn=True, **kwargs):
-        if not hasattr(self.dls, 'targets'): return to(self, sync_bn, **kwargs)
+        if not hasattr(self.dls, 'targets'):
+            _of_fastai.append(self)
+            return to(self, sync_bn, **kwargs)
         if unknown := {*kwargs} - {'timeout', 'engine'}:
             raise TypeError('distrib_ctx of a learner with declared targets is across_processes, which takes timeout '
                             f'and engine; found {", ".join(sorted(unknown))}')
@@ -126,7 +146,9 @@ def hand_over():
         self.block_of_processes[0].enter_context(across_processes(self, **kwargs))
         return self
     def detach_distributed(self):
-        if 'block_of_processes' not in vars(self): return detach(self)
+        if 'block_of_processes' not in vars(self):
+            _of_fastai[:] = [o for o in _of_fastai if o is not self]
+            return detach(self)
         block,before = vars(self).pop('block_of_processes')
         raised = sys.exc_info()  # of the block, which ends in `finally`
         block.__exit__(*(raised if raised[1] is not before else (None, None, None)))

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .callback import AcrossProcesses
 from .preconditions import check_engine
 from .ranks import Ranks
+from .start import trained_by
 
 # %% ../../nbs/paddy_multi/distributed/09_ddp.ipynb #n007
 def trained(
@@ -60,13 +61,13 @@ class AcrossByDDP(AcrossProcesses):
 
     def __call__(self, event_name):
         "What follows the backward pass finds the model as it is"
-        if event_name in ('before_step', 'after_cancel_batch', 'after_batch'): self.unwrap()
+        if event_name in ('after_backward', 'after_cancel_batch', 'after_batch'): self.unwrap()
         super().__call__(event_name)
 
-    def before_step(self):
+    def average(self):
         "Other parameters than those of the model"
         there = {*map(id, self.ddp.parameters())} if self.ddp else ()
-        self.ranks.average_gradients([p for ps in self.opt.param_lists for p in ps if id(p) not in there])
+        self.ranks.average_gradients([p for p in trained_by(self.opt) if id(p) not in there])
 
 # %% ../../nbs/paddy_multi/distributed/09_ddp.ipynb #n013
 @patch

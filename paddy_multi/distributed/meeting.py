@@ -39,11 +39,14 @@ def listening(
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {o: signal.signal(o, told) for o in (signal.SIGINT, signal.SIGTERM)}
-    try: yield
+    before,failed = {o: signal.signal(o, told) for o in (signal.SIGINT, signal.SIGTERM)},True
+    try:
+        yield
+        failed = False
     finally:
-        told.number = 0
+        wish,told.number = told.number,0
         for number,handler in before.items(): signal.signal(number, handler)
+        if wish and not failed: signal.raise_signal(wish)  # it came too late for the last meeting
 
 # %% ../../nbs/paddy_multi/distributed/01_meeting.ipynb #n011
 def has_ended(

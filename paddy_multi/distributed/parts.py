@@ -126,12 +126,13 @@ def add_up(
     own = [(o, name, getattr(o, name)) for o,before in sums for name in before]
     own = [(o, name, v) for o,name,v in own if v is not None]
     totals = sums_over(ranks, 'metrics', [_numbers(v) for *_,v in own])
-    for (o,name,v),total in zip(own, totals): setattr(o, name, _as_before(v, total))
+    for (o,name,v),total in zip(own, totals): setattr(o, name, _as_before(name, v, total))
 
 def _numbers(v):
     if isinstance(v, Tensor): return v
     return torch.tensor([*v.values()] if isinstance(v, dict) else v, dtype=torch.float64)
 
-def _as_before(v, total):
-    "The sums `total` as a tensor, numbers by name or a number, as `v` is"
-    return total if isinstance(v, Tensor) else dict(zip(v, total.tolist())) if isinstance(v, dict) else total.item()
+def _as_before(name, v, total):
+    "The sums `total` as numbers by name or a number, if `v` is so, or a tensor; `v` of a process without rows is 0"
+    if isinstance(v, dict): return dict(zip(v, total.tolist()))
+    return total if isinstance(v, Tensor) or name == 'total' else total.item()

@@ -10,10 +10,13 @@ import re
 import zlib
 from warnings import warn
 
+import numpy as np
+from pandas.util import hash_pandas_object
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .ranks import Ranks, is_sharded
+from .shares import same_items
 
 # %% ../../nbs/paddy_multi/distributed/05_preconditions.ipynb #n006
 _spreads = 'it spreads the batch itself: use one of the two'
@@ -74,14 +77,32 @@ def warn_of_batchnorm(
          f'process with the whole batch; running statistics are averaged. Layers: {", ".join(layers[:4])}{more}. '
          'GroupNorm and LayerNorm have no such difference', stacklevel=2)
 
+# %% ../../nbs/paddy_multi/distributed/05_preconditions.ipynb #n0111
+def _told(rows):
+    "What tells rows from others: not where they lie in memory, nor in what order a set gives its elements"
+    rows = [sorted(map(repr, o)) if isinstance(o, (set, frozenset)) else o for o in rows]
+    return re.sub(' at 0x[0-9a-f]+', '', repr(rows)).encode()
+
+def _columns(table):
+    "The same for names, index and columns of a table"
+    table = table if hasattr(table, 'columns') else table.to_frame()
+    return [_told(table.columns), _told(table.index), *(_column(o) for _,o in table.items())]
+
+def _column(values):
+    if values.dtype != object:
+        try: return hash_pandas_object(values, index=False).to_numpy().tobytes()
+        except (TypeError, ValueError): pass  # such as categories that are lists
+    return _told(values)
+
 # %% ../../nbs/paddy_multi/distributed/05_preconditions.ipynb #n012
 def _checksum(dataset):
     "Number of items, and a checksum of them in order where they are at hand"
     if hasattr(dataset, 'digest'): return len(dataset), dataset.digest
     items = getattr(dataset, 'items', None)
-    rows = getattr(items, 'index', items) if hasattr(items, 'iloc') else items
-    text = '' if rows is None else re.sub(' at 0x[0-9a-f]+', '', repr([*rows]))
-    return len(dataset) if hasattr(dataset, '__len__') else None, zlib.crc32(text.encode())
+    if hasattr(items, 'iloc'): parts = _columns(items)
+    elif hasattr(items, '__array__') and np.asarray(items).dtype != object: parts = [np.asarray(items).tobytes()]
+    else: parts = [] if items is None or callable(items) else [_told(items)]  # `items()` is that of a dict
+    return len(dataset) if hasattr(dataset, '__len__') else None, zlib.crc32(b''.join(parts))
 
 # %% ../../nbs/paddy_multi/distributed/05_preconditions.ipynb #n012b
 def must_be_same(
@@ -102,3 +123,10 @@ def check_same(
     "`ValueError` on all processes where they have not built the same model and data"
     for what,fact in must_be_same(learn).items():
         ranks.same(what, fact, 'Build model and data alike in all of them, with a fixed seed for a random split')
+
+def check_items(
+    dl, # A loader of this process, such as one that is given to `get_preds`
+    ranks:Ranks, # The processes that have one each
+):
+    "`ValueError` on all processes where they do not load the same items. All of them call it"
+    ranks.same('the items of a loader', _checksum(getattr(dl, 'dataset', ())), same_items)

@@ -25,6 +25,7 @@ from .meeting import Meeting
 # %% ../../nbs/paddy_multi/distributed/02_ranks.ipynb #n007
 class Ranks(Meeting):
     "The processes of a group, which exchange tensors after they have met"
+    own_numbers = False  # does each draw random numbers of its own?
     def __init__(self,
         timeout:float=1800., # Seconds that one may let the others wait
     ):
@@ -216,7 +217,7 @@ def why_alone(
     return ''
 
 # %% ../../nbs/paddy_multi/distributed/02_ranks.ipynb #a102
-_joined = {}  # `Ranks` by group, as a group is made once
+joined = {}  # `Ranks` by group, as a group is made once
 
 def has_own_gpu()->bool:
     "Are there as many GPUs as processes on this machine?"
@@ -234,14 +235,14 @@ def join_processes(
         if gpu: torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
         dist.init_process_group('cpu:gloo,cuda:nccl' if gpu else 'gloo', timeout=timedelta(seconds=timeout))
     if dist.get_world_size() == 1: return None
-    if not _joined: atexit.register(_leave)
-    if dist.group.WORLD not in _joined: _joined[dist.group.WORLD] = Ranks(timeout)
-    return _joined[dist.group.WORLD]
+    if not joined: atexit.register(_leave)
+    if dist.group.WORLD not in joined: joined[dist.group.WORLD] = Ranks(timeout)
+    return joined[dist.group.WORLD]
 
 def _leave():
     "The threads of the groups end before the interpreter does"
-    failed = any(o.all_know for o in _joined.values())
-    for o in _joined.values(): o.control = None
-    _joined.clear()
+    failed = any(o.all_know for o in joined.values())
+    for o in joined.values(): o.control = None
+    joined.clear()
     if not dist.is_initialized() or failed and torch.cuda.is_available(): return  # NCCL waits for one that is gone
     dist.destroy_process_group()

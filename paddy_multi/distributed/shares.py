@@ -9,10 +9,12 @@ __all__ = []
 from itertools import accumulate, chain
 
 from fastai.data.load import DataLoader
-from fastai.torch_core import find_bs, get_random_states, set_random_states
+from fastai.torch_core import find_bs
 from fastcore.basics import GetAttr, patch
+from numpy import ndarray
 from torch import Tensor
 
+from ..core.tensors import replaced
 from .ranks import Ranks
 
 # %% ../../nbs/paddy_multi/distributed/03_shares.ipynb #n006
@@ -25,16 +27,19 @@ class ShareDL(GetAttr):
     ):
         _check_loader(dl)
         self.dl,self.ranks,self.step = dl,ranks,dl.bs*ranks.world_size
-        self._cut(_number_of_items(dl))
-        if dl.n and not self.lengths:
+        with self._whole(): self.said = self.n_batches = len(dl)
+        self._cut(dl.n)
+        if dl.n and not self.n_batches:
             raise ValueError(f'{dl.n} items give no whole batch of {self.step}, {dl.bs} for each of '
                              f'{ranks.world_size} processes: use a smaller bs, or drop_last=False')
+
+    def _whole(self): return replaced(self.dl, 'bs', self.step)  # inside, it is the loader of one process
 
     def _cut(self, n):
         if makes_batches(self.dl): self.lengths = self.dl.batch_sizes(n, self.step)
         else: self.lengths = [self.step]*(n//self.step) + [n%self.step]*(n%self.step > 0 and not self.dl.drop_last)
 
-    def __len__(self): return len(self.lengths)
+    def __len__(self): return self.n_batches
 
     def sizes(self,
         i:int, # Number of the batch
@@ -52,9 +57,21 @@ def _check_loader(dl):
     if dl.bs is None or dl.n is None or not dl.indexed:
         raise ValueError('several processes can share a loader with a batch size, a length and a dataset with an '
                          f'index; found {type(dl).__name__} with bs={dl.bs}, n={dl.n}, indexed={dl.indexed}')
-    if type(dl).__iter__ is not DataLoader.__iter__ and not makes_batches(dl):
-        raise ValueError(f'{type(dl).__name__} makes its batches in an __iter__ of its own, which several processes '
-                         'cannot share: give it batch_sizes(n, bs) and batches_of(numbers), or train in one process')
+    if makes_batches(dl): return
+    if any(o.__name__ == 'LMDataLoader' for o in type(dl).__mro__):
+        raise ValueError(f'{type(dl).__name__} cuts a text into bs streams, and each process would read others: train '
+                         'language models in one process, or give rows of one length to a TfmdDL')
+    for hook in '__iter__', 'sample', 'create_batches', 'chunkify':
+        if _is_own(dl, hook):
+            raise ValueError(f'expected a loader whose get_idxs alone says what is in its batches, found '
+                             f'{type(dl).__name__} with its own {hook}, which several processes cannot share: give '
+                             'the order by get_idxs, or add batch_sizes(n, bs) and batches_of(numbers), or train in '
+                             'one process')
+
+def _is_own(dl, name):
+    "Is this method of a loader another than fastai's, in its class or given to it?"
+    method = getattr(dl, name)
+    return getattr(method, '__func__', method) is not getattr(DataLoader, name)
 
 def makes_batches(
     dl, # A loader
@@ -62,23 +79,32 @@ def makes_batches(
     "Does it say how an epoch of `n` items is cut, `batch_sizes`, and give the batches of some numbers, `batches_of`?"
     return hasattr(dl, 'batch_sizes') and hasattr(dl, 'batches_of')
 
-def _number_of_items(dl):
-    "How many items an epoch of `dl` has; where it draws them, the state of all that it draws from is kept"
-    if 'get_idxs' not in vars(dl) and type(dl).get_idxs is DataLoader.get_idxs: return dl.n
-    before,own = get_random_states(),dl.rng.getstate()
-    try: return len(dl.get_idxs())
-    finally:
-        set_random_states(**before)
-        dl.rng.setstate(own)
+# %% ../../nbs/paddy_multi/distributed/03_shares.ipynb #n0151
+@patch
+def _order(self:ShareDL, get_idxs):
+    "The order that one process with the whole batch would draw, as what can be changed in place"
+    with self._whole():
+        order = get_idxs()
+        return order if isinstance(order, (list, Tensor, ndarray)) else [*order]
+
+@patch
+def _check_count(self:ShareDL):
+    "`ValueError` for a loader whose length cannot be that of one process with the whole batch"
+    self.n_batches = len(self.lengths)
+    if 1 < self.said != self.n_batches and self.said == len(self.dl):
+        raise ValueError(f'{type(self.dl).__name__} says that it has {self.said} batches with any bs, found '
+                         f'{self.n_batches} with bs={self.step}, which {self.ranks.world_size} processes have '
+                         'together: let its __len__ follow bs')
 
 # %% ../../nbs/paddy_multi/distributed/03_shares.ipynb #n016
 @patch
 def _own_items(self:ShareDL, idxs):
     "Of the order that process 0 has, the items of this process in each batch, at least one"
-    rank,in_place = self.ranks.rank,isinstance(idxs, (list, Tensor))
-    order = self.ranks.broadcast('order of items', (idxs if in_place else list(idxs)) if rank == 0 else None)
-    if in_place: idxs[:] = order  # `get_preds` puts predictions back in order by it
+    rank = self.ranks.rank
+    order = self.ranks.broadcast('order of items', idxs if rank == 0 else None)
+    idxs[:] = order  # `get_preds` puts predictions back in order by it
     self._cut(len(order))
+    self._check_count()
     starts,own = accumulate(self.lengths, initial=0),[]
     for i,start in zip(range(len(self)), starts):
         sizes = self.sizes(i)
@@ -97,7 +123,7 @@ def _in_own_order(self:ShareDL):
         if had: dl.get_idxs = had
     def ours():
         own_again()
-        return [*chain.from_iterable(self._own_items(drawn()))]
+        return [*chain.from_iterable(self._own_items(self._order(drawn)))]
     dl.get_idxs = ours
     try: first = next(batches, None)  # at which it asks for the order
     finally: own_again()
@@ -109,7 +135,7 @@ def __iter__(self:ShareDL):
     "Batches of the own items"
     dl,n = self.dl,0
     if hasattr(dl.dataset, 'digest'): self.ranks.same('the items of a loader', dl.dataset.digest, same_items)
-    batches = dl.batches_of(self._own_items(dl.get_idxs())) if makes_batches(dl) else self._in_own_order()
+    batches = dl.batches_of(self._own_items(self._order(dl.get_idxs))) if makes_batches(dl) else self._in_own_order()
     for n,batch in enumerate(batches, 1):
         self._check_size(n-1, find_bs(batch))
         yield batch

@@ -14,6 +14,7 @@ from fastai.callback.tracker import TrackerCallback
 
 from ..core.facts import differences
 from ..core.finite import OwnEvents
+from ..core.launched import warn_by_itself
 from ..targets.loss import check_same_targets
 from ..targets.metrics import TargetMean, TargetMetric
 
@@ -85,6 +86,7 @@ class CheckTargets(OwnEvents):
 
     def before_fit(self):
         if self.learn.lock.locked(): return  # validation, which never unlocks the learner after an error here
+        warn_by_itself(self.learn)
         check_trackers(self.learn)
         self._know_table()
         check_data(self.table, declared_targets(self.dls))  # first, as it says more
