@@ -1501,6 +1501,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'paddy_multi/distributed/across.py'),
                                                 'paddy_multi.distributed.across.across_processes': ( 'paddy_multi/distributed/across.html#across_processes',
                                                                                                      'paddy_multi/distributed/across.py'),
+                                                'paddy_multi.distributed.across.digest_of_states': ( 'paddy_multi/distributed/across.html#digest_of_states',
+                                                                                                     'paddy_multi/distributed/across.py'),
                                                 'paddy_multi.distributed.across.hand_over': ( 'paddy_multi/distributed/across.html#hand_over',
                                                                                               'paddy_multi/distributed/across.py'),
                                                 'paddy_multi.distributed.across.let_fastai_find_one': ( 'paddy_multi/distributed/across.html#let_fastai_find_one',

@@ -7,7 +7,6 @@ __all__ = ['across_processes']
 
 # %% ../../nbs/paddy_multi/distributed/10_across.ipynb #n003
 import os
-import pickle
 import random
 import sys
 import zlib
@@ -90,6 +89,14 @@ def let_fastai_find_one():
 
 let_fastai_find_one()
 
+# %% ../../nbs/paddy_multi/distributed/10_across.ipynb #4229cd0b
+def digest_of_states()->int:
+    "A number that follows from the states of all sources of random numbers, and from nothing else"
+    kind,keys,*place = np.random.get_state()
+    states = [repr((random.getstate(), place)).encode(), keys, torch.get_rng_state().numpy()]
+    if torch.cuda.is_available(): states.append(torch.cuda.get_rng_state().numpy())
+    return zlib.crc32(b''.join(map(bytes, states)))
+
 # %% ../../nbs/paddy_multi/distributed/10_across.ipynb #n030
 @contextmanager
 def _own_numbers(ranks):
@@ -97,7 +104,7 @@ def _own_numbers(ranks):
     if ranks.own_numbers:  # of a block around this one
         yield
         return
-    seed = ranks.broadcast('random numbers', zlib.crc32(pickle.dumps(get_random_states())))
+    seed = ranks.broadcast('random numbers', digest_of_states())
     if ranks.rank:
         random.seed(seed+ranks.rank)
         np.random.seed((seed+ranks.rank)%2**32)
