@@ -268,7 +268,8 @@ def table_learner(bs, weighting):
 
 def run_table(weighting):
     n = join_processes(60).world_size
-    return compare(table_learner(8, weighting), table_learner(8*n, weighting), lambda l: l.fit_one_cycle(7, .05))
+    epochs = -(-20//-(-60//(8*n)))  # 20 updates or some more, of 60 items
+    return compare(table_learner(8, weighting), table_learner(8*n, weighting), lambda l: l.fit_one_cycle(epochs, .05))
 
 
 def run_sometimes():

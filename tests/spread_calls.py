@@ -42,7 +42,7 @@ def digits_learner(folder, bs, cbs=(), num_workers=0):
 
 def saved_preds(learn, folder):
     "What `get_preds` saves by batch, and returns"
-    whose = 'all' if hasattr(learn, 'across_processes') else os.environ['RANK']
+    whose = 'all' if hasattr(learn, 'across_processes') else join_processes().rank
     (folder := Path(folder)/f'by_batch_of_{whose}').mkdir(exist_ok=True)
     preds, _ = learn.get_preds(save_preds=folder)
     files = sorted(folder.iterdir(), key=lambda o: int(o.name))
