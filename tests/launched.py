@@ -170,7 +170,7 @@ def happens(folder, where, what, engine='meeting', in_rank=1):
         l.fit(2)
         l.get_preds()
         if here and where == 'export': f()
-        l.export('exported.pkl')
+        l.export(Path(folder).absolute()/'exported.pkl')
 
 
 FAILURES = [(where, what) for where in ('loading', 'forward', 'backward', 'after_epoch', 'validation', 'predictions')
