@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader as TorchDataLoader
 from ..accumulate.halving import Halving
 from ..core.nested import map_tensors
 from ..core.tensors import replaced
-from .parts import (add_up, goes_by_parts, leave_out_nothing, part_of_loss,
-                                           sums_of)
+from .parts import add_up, goes_by_parts, leave_out_nothing
+from .parts import part_of_loss, sums_of
 from .peers import Together, check_chunks
 from .preconditions import check_items, check_spreadable, warn_of_batchnorm
 from .ranks import Ranks
