@@ -61,7 +61,7 @@ def reading(n, bs, repeats):
     g = np.random.default_rng(0)
     df = pd.DataFrame(dict(user=g.integers(0, n//50, n), item=g.integers(0, n//500, n),
                            rating=g.integers(1, 6, n).astype(np.float32)))
-    dl = RatingsDataLoaders.from_df(df, valid_pct=.01, seed=0, bs=bs, device='cpu').train
+    dl = RatingsDataLoaders.from_df(df, valid_pct=.01, seed=0, bs=bs, device='cpu', duplicates='keep').train
     held = sum(o.nbytes for o in vars(dl.dataset).values() if isinstance(o, torch.Tensor))
     return row('reading', seconds(lambda: [None for _ in dl], repeats), ratings=len(dl.dataset), bs=bs,
                rating_bytes=digits(held/len(dl.dataset), 3))

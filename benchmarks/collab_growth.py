@@ -34,7 +34,7 @@ def one(n, n_users, n_items, bs):
     imports = peak_mb()
     ratings = synthetic(n, n_users, n_items)
     made,start = peak_mb(),time.process_time()
-    dls = RatingsDataLoaders.from_df(ratings, seed=0, bs=bs, device='cpu')
+    dls = RatingsDataLoaders.from_df(ratings, seed=0, bs=bs, device='cpu', duplicates='keep')
     del ratings
     loaded = time.process_time()
     learn = collab_deep_learner(dls, n_factors=50, y_range=(0, 5.5))

@@ -46,7 +46,8 @@ def last_of_each(ratings):
 # --- training -------------------------------------------------------------------------------------------------------
 def fit(ratings, splits, seed, bs, epochs, **kwargs):
     "A trained learner, and the processor seconds of its training"
-    dls = RatingsDataLoaders.from_df(ratings, item_name='title', splits=splits, bs=bs, device='cpu')
+    dls = RatingsDataLoaders.from_df(ratings, item_name='title', duplicates='keep',
+                                     splits=splits, bs=bs, device='cpu')
     start = time.process_time()
     set_seed(seed)
     learn = collab_deep_learner(dls, **kwargs)

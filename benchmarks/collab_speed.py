@@ -28,7 +28,8 @@ def variants(ratings):
                                         dl_type=TabDataLoader)
         return collab_learner(dls, n_factors=50, y_range=STARS, lr=5e-3, wd=.1)
     def ours(bs):
-        dls = RatingsDataLoaders.from_df(ratings, item_name='title', bs=bs, seed=42)
+        dls = RatingsDataLoaders.from_df(ratings, item_name='title', duplicates='keep',
+                                         bs=bs, seed=42)
         return collab_deep_learner(dls, n_factors=50, y_range=STARS)
     return {'fastai, TabDataLoader': Variant(epoch, fastai, error),
             'ours, batches of 64': Variant(epoch, lambda: ours(64), error),

@@ -380,7 +380,8 @@ def test_a_name_is_given_once(registry):
 
 def test_a_ranking_of_ones_own_is_offered_to_interactions(clicks, my_losses):
     with pytest.raises(ValueError, match="choose loss='bpr' or 'softmax' or 'margin', found 'mse'"):
-        collab_deep_learner(clicks)
+        collab_deep_learner(clicks, loss='mse')
+    assert collab_deep_learner(clicks).collab_loss.name == 'softmax'  # what is not said follows from the data
 
 
 def test_everything_alone_trains_and_shows_it():
@@ -393,7 +394,9 @@ def test_everything_alone_trains_and_shows_it():
         print(hasattr(learn, 'fit_one_cycle'), [type(o).__name__ for o in learn.cbs])"""
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith('True') and 'ProgressCallback' in done.stdout
+    chosen,shown = done.stdout.splitlines()
+    assert chosen == "2 users, 3 items, 4 ratings from 1 to 4: DotProductBias(50 factors), loss 'mse'"
+    assert shown.startswith('True') and 'ProgressCallback' in shown
 
 
 # --- stopping and averaging -----------------------------------------------------------------------------------------
@@ -430,7 +433,7 @@ def test_ensemble_is_the_mean_of_its_seeds(dls):
 # --- refusals -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('kwargs,text', [
     (dict(loss='hinge'), r"loss is one of \['mse', 'bpr', 'softmax'\], found 'hinge'"),
-    (dict(loss=None), r"loss is one of \['mse', 'bpr', 'softmax'\], found None"),
+    (dict(loss=5), r"loss is one of \['mse', 'bpr', 'softmax'\], found 5"),
     (dict(loss=F.l1_loss, y_range=(2, 5.5)), r'y_range \(2, 5.5\) leaves some of them out'),
     (dict(y_range=(2, 5.5)), r'ratings go from 1 to 5, and y_range \(2, 5.5\) leaves some of them out'),
     (dict(loss='softmax', y_range=STARS), "leave y_range out with loss='softmax'"),

@@ -25,7 +25,7 @@ def frames(draw):
     return pd.DataFrame(dict(user=users, item=items, rating=np.array(stars, float), timestamp=times))
 
 
-def loaders(df, **kwargs): return RatingsDataLoaders.from_df(df, device='cpu', **kwargs)
+def loaders(df, **kwargs): return RatingsDataLoaders.from_df(df, device='cpu', **{'duplicates': 'keep', **kwargs})
 
 def enough(df, **kwargs):
     "Leave out splits whose training rows have a single user or item, which are refused"

@@ -10,7 +10,7 @@ import math
 
 from torch import Tensor
 
-from .csr import csr_keys
+from ..models.csr import csr_keys
 from .recommender import Recommender
 
 # %% ../../nbs/collab_deep/lists/06_check.ipynb #n006

@@ -8,10 +8,13 @@ __all__ = ['fold_row', 'fold_in']
 # %% ../../nbs/collab_deep/lists/03_fold_in.ipynb #c003
 from numbers import Real
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
 from .recommender import as_recommender
+from ..models.base import CollabModel
 from ..models.sharded import refuse_shards
 from paddy_multi.core.values import largest
 
@@ -61,30 +64,80 @@ def _stars(ratings):
         raise ValueError(f'ratings are finite numbers within {largest:g}, found {o!r} for {item!r}')
     return torch.tensor([float(o) for o in ratings.values()])
 
+# %% ../../nbs/collab_deep/lists/03_fold_in.ipynb #f141
+def check_list(
+    ids, # What was given as ids
+    name:str, # Of their column
+):
+    "`TypeError` for a frame or text, and for a Series whose numbers may as well be ratings of what its index holds"
+    if isinstance(ids, (str, bytes)): raise TypeError(f'expected a list of {name}, found one: {ids!r:.60}')
+    if isinstance(ids, pd.DataFrame):
+        raise TypeError(f'expected a list of {name}, found a DataFrame with the columns {list(ids.columns)}: '
+                        f'give one of them, as in df[{name!r}]')
+    if not isinstance(ids, pd.Series) or ids.name == name or ids.index.equals(pd.RangeIndex(len(ids))): return
+    if not pd.api.types.is_numeric_dtype(ids.infer_objects()): return
+    raise TypeError(f'a Series of numbers may be a list of {name}, or ratings of what its index holds: give '
+                    f'series.tolist() for the first, and dict(series) for the second; found {ids.iloc[:1].to_dict()}')
+
 # %% ../../nbs/collab_deep/lists/03_fold_in.ipynb #c017
 def _rows_of_items(rec, items):
     "Rows of `items` in the model, long [n]; KeyError for one that has no ratings in training"
-    rows = rec.encode(rec.users[1:2]*len(items), items)[:,1]
+    rows = rec.rows_of(1, items)
     for o,row in zip(items, rows.tolist()):
         if 0 < row < rec.model.n_items: continue  # rows from n_items on have features alone
         raise KeyError(f'{o!r} was not in training: leave it out, nothing can be learned from it')
     return rows
 
+# %% ../../nbs/collab_deep/lists/03_fold_in.ipynb #f202
+def _reads_features(model):
+    "Does `model` read features of a user it never met?"
+    if hasattr(model, 'members'): return any(map(_reads_features, model.members))
+    if hasattr(model, 'featured'): return 'user' in model.featured
+    return not model.solves and type(model).new_user is not CollabModel.new_user
+
+def _features(model, features):
+    "`features` as a tensor [n_features]; an error if `model` reads none, or others"
+    if features is None: return None
+    if not _reads_features(model):
+        raise ValueError(f'this {type(model).__name__} reads no features of users: leave them out')
+    widths = {o.user_features.shape[1] for o in model.modules() if 'user' in getattr(o, 'featured', ())}
+    n = ' or '.join(map(str, widths)) or 'n'
+    if not isinstance(features, (Tensor, np.ndarray, list, tuple)):
+        raise TypeError(f'features of a newcomer are a tensor [{n}], as a row of encode_features for a frame that '
+                        f'holds them too; found {type(features).__name__}: {features!r:.60}')
+    try: res = torch.as_tensor(features, dtype=torch.float32, device=next(model.parameters()).device)
+    except (TypeError, ValueError) as e: raise TypeError(f'features of a newcomer are numbers: {e}') from None
+    if res.ndim == 1 and (not widths or widths == {len(res)}) and res.isfinite().all(): return res
+    raise ValueError(f'features of a newcomer are {n} finite numbers, found {list(res.shape)}: {res}')
+
+# %% ../../nbs/collab_deep/lists/03_fold_in.ipynb #f205
+def _solved_row(model, rows, stars, decay):
+    "The newcomer's row where it follows from a formula, else `None`"
+    row = model.solved_row(rows, stars)
+    if row is None: return None
+    if decay is not None:
+        raise ValueError(f'decay={decay!r} would change nothing, since the row follows from a formula: leave it out')
+    if row.isfinite().all(): return row
+    raise ValueError(f'no finite row fits these ratings: {stars}')
+
 # %% ../../nbs/collab_deep/lists/03_fold_in.ipynb #c020
 def fold_in(
     learn, # A learner, or a `Recommender`; many threads may read it
-    ratings, # Finite ratings by item, as a dict, which a model that ranks refuses; or a list of items that were taken
-    features:Tensor=None, # Features of the newcomer, for models that use them
-    decay:float=10., # Penalty for leaving the average user
+    ratings, # Finite ratings by item, as a dict, for models that read them; or a list of items that were taken
+    features:Tensor=None, # Numbers for the newcomer's features, for models that read these, as `encode_features` gives
+    decay:float=None, # Penalty for leaving the average user; 10 if not given
 )->Tensor: # Row for `model.scores_of`, [d]; KeyError for an item that training did not see
     "Find the row of a newcomer without training again"
-    rec,items = as_recommender(learn),list(ratings)
+    rec = as_recommender(learn)
     refuse_shards(rec.model, 'fold_in')
-    if items and rec.ranks and isinstance(ratings, dict):
+    check_list(ratings, rec.item)
+    items,features = list(ratings),_features(rec.model, features)
+    if items and rec.ranks and isinstance(ratings, dict) and not rec.model.reads_ratings:
         raise ValueError(f'the model was trained for the order of lists and has no ratings to compare with: '
                          f'give the items that were taken alone, as in {set(items[:2])!r}; found {ratings}')
     rows,stars = _rows_of_items(rec, items).to(rec.device),_stars(ratings)
     if stars is not None: stars = stars.to(rec.device)
     with rec.model.scoring() as model:
         if not items: return model.new_user(features=features)
-        return fold_row(model, rows, stars, features, decay)
+        row = _solved_row(model, rows, stars, decay)
+        return fold_row(model, rows, stars, features, 10. if decay is None else decay) if row is None else row

@@ -10,15 +10,30 @@ import difflib
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .csr import csr_from_keys
+from ..models.csr import csr_from_keys
 from ..models.base import CollabModel, sharing
 from ..models.dot import DotProductBias
 from paddy_multi.core.ids import UnknownIds
+
+# %% ../../nbs/collab_deep/lists/01_recommender.ipynb #i102
+class _IdsOf:
+    "Ids of a column by row, `cold` ones after those of training; a table of them is made when it is first asked for"
+    def __init__(self, name, ids, cold=()): self.name,self.ids,self.cold = name,ids,cold
+
+    @cached_property
+    def all(self): return [*self.ids, *self.cold]
+    @cached_property
+    def index(self): return {o: i for i,o in enumerate(self.ids) if i}
+    @cached_property
+    def rows(self): return {o: i for i,o in enumerate(self.all) if i} if len(self.cold) else self.index
+    @cached_property
+    def unknown(self): return UnknownIds(self.name, self.rows)
 
 # %% ../../nbs/collab_deep/lists/01_recommender.ipynb #c007
 @dataclass(eq=False, repr=False)
@@ -34,20 +49,12 @@ class Recommender:
     ranks:bool=False # Trained for the order of lists? Then scores are no ratings
 
     @cached_property
-    def index(self):
-        "Index of each id that is known, for both columns"
-        return {name: {o: i for i,o in enumerate(ids) if i} for name,ids in self.classes.items()}
-
-    @cached_property
-    def rows(self):
-        "Row in the model of each id, of users and of items; ids with features alone come after those of training"
-        sides = zip(self.classes.items(), self.model.cold)
-        return [self.index[name] | {o: len(ids)+i for i,o in enumerate(cold)} for (name,ids),cold in sides]
-
-    @cached_property
-    def unknown(self):
-        "What looks once more at ids that are not known, of users and of items"
-        return [UnknownIds(name, rows) for name,rows in zip(self.classes, self.rows)]
+    def sides(self): # Ids and rows of users, and of items
+        return [_IdsOf(name, ids, cold) for (name,ids),cold in zip(self.classes.items(), self.model.cold)]
+    @property
+    def index(self): return {o.name: o.index for o in self.sides}  # of training alone, by column
+    @property
+    def rows(self): return [o.rows for o in self.sides]  # with those that have features alone
 
 # %% ../../nbs/collab_deep/lists/01_recommender.ipynb #c011
 @patch(as_prop=True)
@@ -59,7 +66,7 @@ def users(self:Recommender): return self.classes[self.user]
 @patch(as_prop=True)
 def items(self:Recommender): return self.classes[self.item]
 @patch(as_prop=True)
-def device(self:Recommender): return next(self.model.parameters()).device
+def device(self:Recommender): return [*self.model.parameters(), *self.model.buffers()][0].device
 
 @patch
 def __repr__(self:Recommender):
@@ -67,54 +74,56 @@ def __repr__(self:Recommender):
     return (f'Recommender: {type(self.model).__name__}, {n_ratings:,} ratings; '
             f'{self.user}: {n_users:,}, {self.item}: {n_items:,}')
 
-# %% ../../nbs/collab_deep/lists/01_recommender.ipynb #c014s
-@patch
-def _rows_of(self:Recommender, side, ids):
-    "Rows of `ids`, of users on side 0 and of items on side 1"
-    rows = self.rows[side]
-    _check_shape(list(self.classes)[side], ids, self.unknown[side])
-    found = [rows.get(o, 0) for o in ids]
-    if not all(found): self.unknown[side].check(o for o,row in zip(ids, found) if not row)
-    return torch.tensor(found, dtype=torch.int64)
-
 # %% ../../nbs/collab_deep/lists/01_recommender.ipynb #c014
-def _check_shape(name, ids, unknown):
+def _check_shape(side, ids):
     "`TypeError` for a list where one id belongs, and for True where ids are numbers"
     odd = next((o for o in ids if not isinstance(o, Hashable)), None)
-    if odd is not None: raise TypeError(f'expected an id of {name}, found {type(odd).__name__}: {odd!r:.60}')
-    unknown.check_bools(ids)
+    if odd is not None: raise TypeError(f'expected an id of {side.name}, found {type(odd).__name__}: {odd!r:.60}')
+    side.unknown.check_bools(ids)
+
+@patch
+def rows_of(self:Recommender,
+    side:int, # 0 for users, 1 for items
+    ids:list, # Ids of that side
+)->Tensor: # Their rows in the model, long [n]; 0 for those not known
+    "Rows of `ids`; an id that is known in another shape, as text or with spaces, is an error"
+    side = self.sides[side]
+    _check_shape(side, ids)
+    found = [side.rows.get(o, 0) for o in ids]
+    if not all(found): side.unknown.check(o for o,row in zip(ids, found) if not row)
+    return torch.tensor(found, dtype=torch.int64)
 
 @patch
 def encode(self:Recommender,
     users:Iterable, # Ids of users
     items:Iterable, # Ids of as many items
 )->Tensor: # Rows in the model, long [n, 2]: those with ratings, then those with features alone; 0 for ids not known
-    "Rows of pairs of ids; an id that is known in another shape, as text or with spaces, is an error"
-    return torch.stack([self._rows_of(side, list(ids)) for side,ids in enumerate((users, items))], 1)
-
-# %% ../../nbs/collab_deep/lists/01_recommender.ipynb #c017s
-def _unknown(name, found, index, unknown):
-    "What to say about an id that `index` does not hold"
-    by_text = {str(o): o for o in index}
-    near = [by_text[o] for o in difflib.get_close_matches(str(found), by_text, n=3, cutoff=.4)]
-    nearest = f'; the nearest are {", ".join(map(repr, near))}' if near else ''
-    why = unknown.why_not(found)
-    return (f'{name} {found!r} is not among the {len(index):,} in training{nearest}. '
-            f'{f"{why}. " if why else ""}For someone new, see fold_in')
+    "Rows of pairs of ids, as `rows_of` finds them"
+    return torch.stack([self.rows_of(side, list(ids)) for side,ids in enumerate((users, items))], 1)
 
 # %% ../../nbs/collab_deep/lists/01_recommender.ipynb #c017
+def _unknown(side, found, rows):
+    "What to say about an id that `rows` does not hold"
+    by_text = {str(o): o for o in rows}
+    near = [by_text[o] for o in difflib.get_close_matches(str(found), by_text, n=3, cutoff=.4)]
+    nearest = f'; the nearest are {", ".join(map(repr, near))}' if near else ''
+    why = side.unknown.why_not(found)
+    return (f'{side.name} {found!r} is not among the {len(rows):,} in training{nearest}. '
+            f'{f"{why}. " if why else ""}For someone new, see fold_in')
+
 @patch
 def known(self:Recommender,
     name:str, # Name of a column
     ids:list, # Ids of that column
-)->Tensor: # Their indices, long [n]
-    "Indices of `ids`; KeyError for the first that training did not have"
-    index = self.index[name]
-    unknown = self.unknown[name == self.item]
-    _check_shape(name, ids, unknown)
+    cold:bool=False, # Those with features alone, too? Their rows come after those of training
+)->Tensor: # Their rows, long [n]
+    "Rows of `ids`; KeyError for the first that training did not have"
+    side = self.sides[name == self.item]
+    rows = side.rows if cold else side.index
+    _check_shape(side, ids)
     for o in ids:
-        if o not in index: raise KeyError(_unknown(name, o, index, unknown))
-    return torch.tensor([index[o] for o in ids], dtype=torch.int64)
+        if o not in rows: raise KeyError(_unknown(side, o, rows))
+    return torch.tensor([rows[o] for o in ids], dtype=torch.int64)
 
 # %% ../../nbs/collab_deep/lists/01_recommender.ipynb #c020
 def _is_average(table, shards=None):
@@ -166,18 +175,54 @@ def _from_collab_loaders(dls):
     mean = float(data.ys.to_numpy('float64').mean())
     return dict(classes=classes, rating=data.y_names[0], seen=seen, mean=mean, **counts)
 
+# %% ../../nbs/collab_deep/lists/01_recommender.ipynb #i202
+def _from_loaders(dls):
+    "The fields of a `Recommender` that loaders hold"
+    if not hasattr(dls, 'seen'): return _from_collab_loaders(dls)
+    fields = {name: getattr(dls, name) for name in ('rating', 'seen', 'item_counts', 'user_counts', 'mean')}
+    return fields | dict(classes={name: list(dls.classes[name]) for name in (dls.user, dls.item)})
+
+def _held_by(dls):
+    "Objects that are others where `dls` hold other ratings, and numbers that are others where tensors were written to"
+    data = dls.train.dataset
+    objects = [data.x, data.y, data.vocab] if hasattr(dls, 'seen') else [data.items]
+    return [dls, data, *objects],[o._version for o in objects if isinstance(o, Tensor) and not o.is_inference()]
+
+# %% ../../nbs/collab_deep/lists/01_recommender.ipynb #i204
+class _Data:
+    "What the loaders of a learner say, as long as they hold the same"
+    def __init__(self, dls): self.held,self.fields,self.ids = _held_by(dls),_from_loaders(dls),(None, None)
+
+    def is_of(self, dls):
+        (old,versions),(new,versions_now) = self.held,_held_by(dls)
+        return versions == versions_now and len(old) == len(new) and all(a is b for a,b in zip(old, new))
+
+    def recommender(self, model, ranks=False):
+        "A `Recommender` of `model`, with the tables of ids that the one before it made if these are the same"
+        rec,(cold,sides) = Recommender(model, **self.fields, ranks=ranks),self.ids
+        if cold == model.cold: rec.sides = sides
+        else: self.ids = model.cold,rec.sides
+        return rec
+
+_of_learners = WeakKeyDictionary()
+
+def _data_of(learn):
+    "The `_Data` of a learner, made anew only where they are others"
+    try: kept = _of_learners.get(learn)
+    except TypeError: return _Data(learn.dls)  # it is no key
+    if kept is None or not kept.is_of(learn.dls): kept = _of_learners[learn] = _Data(learn.dls)
+    return kept
+
 # %% ../../nbs/collab_deep/lists/01_recommender.ipynb #c030
 def as_recommender(
     learn, # A learner of ours, of fastai's `collab_learner`, or a `Recommender`; TypeError for a model without `scores`
+    average:bool=True, # Are rows for unknown ids asked for? Without, they may be any, and there is less to do
 )->Recommender: # With the model of `learn`, or a copy with the average rows where it has others; for threads
     "What is needed of `learn` to predict and to recommend"
     if isinstance(learn, Recommender): return learn
     model = learn.model if isinstance(learn.model, CollabModel) else _from_dot_bias(learn.model)
-    model,dls = _with_average_rows(model),learn.dls
-    if not hasattr(dls, 'seen'): return Recommender(model, **_from_collab_loaders(dls))
-    classes = {name: list(dls.classes[name]) for name in (dls.user, dls.item)}
-    ranks = getattr(learn, 'ranks', False)
-    return Recommender(model, classes, dls.rating, dls.seen, dls.item_counts, dls.user_counts, dls.mean, ranks)
+    if average or any(map(len, model.cold)): model = _with_average_rows(model)
+    return _data_of(learn).recommender(model, getattr(learn, 'ranks', False))
 
 # %% ../../nbs/collab_deep/lists/01_recommender.ipynb #c036
 def scoring(
@@ -194,6 +239,15 @@ def check_scores(
     if scores.isfinite().all(): return scores
     what = 'NaN' if scores.isnan().any() else 'infinite'
     raise ValueError(f'a score is {what}, so there is no order: did training diverge?')
+
+# %% ../../nbs/collab_deep/lists/01_recommender.ipynb #s402
+def check_seen(
+    rec:Recommender, # Of which lists are asked without what users have seen
+):
+    "`ValueError` unless it is known what users have seen"
+    if len(rec.seen[1]) or rec.item_counts.any(): return
+    raise ValueError('this learner was exported without its training rows, so that it is not known what users have '
+                     'seen: save_recommender(learn, folder) keeps that; here, ask with exclude_seen=False')
 
 # %% ../../nbs/collab_deep/lists/01_recommender.ipynb #c038
 def pair_scores(

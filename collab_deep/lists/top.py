@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .csr import csr_entries
+from ..models.csr import csr_entries
 from .recommender import Recommender, check_scores
 
 # %% ../../nbs/collab_deep/lists/02_top.ipynb #c007
@@ -48,10 +48,23 @@ def _left(scores, rec, users, exclude_seen, allowed, first=0):
     if first == 0 < last: scores[:,0] = -math.inf  # the place of items that are not known
     if allowed is not None: scores.masked_fill_(~allowed[first:last], -math.inf)
     if exclude_seen:
-        position,item = csr_entries(rec.seen, users)
-        here = (item >= first) & (item < last)
+        with_lists = (users < len(rec.seen[0]) - 1).nonzero()[:,0]
+        position,item = csr_entries(rec.seen, users[with_lists])
+        position,here = with_lists[position],(item >= first) & (item < last)
         scores[position[here],item[here]-first] = -math.inf
     return scores
+
+# %% ../../nbs/collab_deep/lists/02_top.ipynb #c0136
+def all_scores(
+    model, # A `CollabModel`
+    rows:Tensor, # What it knows of users, [m, d]
+)->Tensor: # [m, n_items + n_cold]
+    "Scores of all items, those known by features alone after the others"
+    scores = model.scores_of(rows)
+    return torch.cat([scores, model.cold_scores_of(rows)], 1) if _n_cold(model) else scores
+
+def _n_cold(model): return len(model.cold[1]) if hasattr(model, 'cold_scores_of') else 0
+def _own_scores_with_cold(model, users): return all_scores(model, model.user_rows(users))
 
 # %% ../../nbs/collab_deep/lists/02_top.ipynb #c0134
 def _best_of_all(model, rec, users, k, exclude_seen, allowed):
@@ -79,12 +92,15 @@ def top_lists(
     rows:Tensor, # Indices of users
     k:int, # Length of a list
     exclude_seen:bool=True, # Leave out what a user has in training?
-    allowed:Tensor=None, # [n_items] of bools: which items may be listed
+    allowed:Tensor=None, # [n_items] of bools, cold ones included: which items may be listed
     score:Callable=None, # (model, indices of users) to scores [n, n_items], written to; the model's if not given
+    cold:bool=False, # List items that are known by features alone, too? Their numbers come after those of training
 ): # Yields (values, item indices), each [users in the block, k]; -inf where fewer are left
     "Best items of the users `rows`, a block at a time; `ValueError` for scores that are not finite"
+    n_cold = _n_cold(rec.model) if cold else 0
+    score = score or (_own_scores_with_cold if n_cold else None)
     with rec.model.scoring() as model:
-        for block in rows.split(max(1, _scores_in_a_block//len(rec.items))):
+        for block in rows.split(max(1, _scores_in_a_block//(len(rec.items) + n_cold))):
             of_users = block.to(rec.device)
             if model.shards is not None and score is None:
                 yield _best_of_all(model, rec, block, k, exclude_seen, allowed)

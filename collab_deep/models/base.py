@@ -51,7 +51,7 @@ def split_pairs(
 # %% ../../nbs/collab_deep/models/01_base.ipynb #c017
 class InParts(nn.Module):
     "What several processes ask of a model: who keeps the other rows of its tables"
-    shards = None # `Shards` of [tables over processes](08_sharded.ipynb); None where this process has all rows
+    shards = None # `Shards` of [tables over processes](13_sharded.ipynb); None where this process has all rows
 
 class TrainedTables(InParts):
     "What training asks of a model: its tables, their rows for unknown ids, and what decays"
@@ -114,6 +114,8 @@ class ScoredUsers(InParts):
     "What recommending asks of a model: scores of every item for some users, and for a user it never met"
     user_factors = item_factors = user_bias = item_bias = None
     cold = (),() # ids of users and of items that it can score without any rating, in rows after those of the tables
+    solves = False # is it solved for all ratings at once, by `solve(interactions, turn)`, and not trained by batches?
+    reads_ratings = False # does it tell liked from disliked in what a newcomer rated, though its scores are no ratings?
 
     def user_rows(self, users):
         raise NotImplementedError(f'{type(self).__name__} should say what it knows of users, [m] to [m, d]')
@@ -135,6 +137,19 @@ class ScoredUsers(InParts):
     )->Tensor: # A row for `scores_of`, [d]
         "What the model assumes of a user it never met: the average of all"
         return self.user_rows(torch.zeros(1, dtype=torch.long, device=next(self.parameters()).device))[0]
+
+    def solved_row(self,
+        items:Tensor, # Row numbers of what a newcomer took, long [n]
+        ratings:Tensor=None, # Their ratings, [n]; not given, all were simply taken
+        weights:Tensor=None, # How much each counts, [n]; all the same if not given
+    )->Tensor: # A row for `scores_of`, [d]; `None` where it must be searched for
+        "A newcomer's row, for models in which it follows from a formula"
+
+    def parts(self,
+        user:Tensor, # Row number of one user, long [1]
+        item:int, # Row number of an item
+    )->dict: # A number for each part, by name, or by row number of an item; `None` if a score is no sum
+        "What is added up to a score, before `y_range`"
 
 # %% ../../nbs/collab_deep/models/01_base.ipynb #b302
 class BuiltAgain(nn.Module):

@@ -33,6 +33,7 @@ class DotProduct(CollabModel):
 
     def user_rows(self, users): return self.users(users)
     def scores_of(self, rows): return into_range(rows @ self.items.weight.T, self.y_range)
+    def parts(self, user, item): return dict(match=(self.users.weight[user]*self.items.weight[item]).sum())
 
     @property
     def user_factors(self): return self.users.weight.detach()
@@ -64,6 +65,10 @@ class DotProductBias(DotProduct):
     def scores_of(self, rows):
         factors,bias = rows[:,:-1],rows[:,-1:]
         return into_range(factors @ self.items.weight.T + bias + self.items_bias.weight.T, self.y_range)
+
+    def parts(self, user, item):
+        biases = self.users_bias.weight[user].sum(),self.items_bias.weight[item].sum()
+        return dict(zip(('user bias', 'item bias'), biases)) | super().parts(user, item)
 
     @property
     def user_bias(self): return self.users_bias.weight.detach()[:,0]

@@ -126,11 +126,20 @@ class _FactorScores(_FactorTables):
         v = F.embedding(items, self.rows_with_cold('item'))
         return into_range((u[:,:-1]*v[:,:-1]).sum(1) + u[:,-1] + v[:,-1] + self.mean, self.y_range)
 
-    def user_rows(self, users): return F.embedding(users, self.user_table())
+    def user_rows(self, users): return F.embedding(users, self.rows_with_cold('user'))
 
-    def scores_of(self, rows):
-        v = self.item_table()
+    def _scores_by(self, rows, v):
         return into_range(rows[:,:-1] @ v[:,:-1].T + rows[:,-1:] + v[:,-1] + self.mean, self.y_range)
+
+    def scores_of(self, rows): return self._scores_by(rows, self.item_table())
+
+    def cold_scores_of(self, rows):
+        "Scores of the cold items, [m, d] to [m, n_cold]"
+        return self._scores_by(rows, self.cold_rows('item', self.item_table()[:1]))
+
+    def parts(self, user, item):
+        u,v = self.user_table()[user][0],self.item_table()[item]
+        return {'mean': self.mean, 'user bias': u[-1], 'item bias': v[-1], 'match': u[:-1] @ v[:-1]}
 
     @property
     def user_factors(self): return self.user_table().detach()[:,:-1]

@@ -10,12 +10,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..models.factor import FactorModel
 from ..models.base import into_range
-from ..models.dot import DotProduct
 from ..models.sharded import refuse_shards
-from ..lists.csr import csr_entries
-from ..lists.recommender import Recommender, as_recommender, check_scores, scoring
+from ..models.csr import csr_entries
+from ..lists.recommender import Recommender, as_recommender, check_scores, check_seen, scoring
 from ..lists.top import list_length, top_k
 from paddy_multi.core.plots import literal
 
@@ -135,12 +133,10 @@ def plot_factors(
     return points
 
 # %% ../../nbs/collab_deep/use/00_explain.ipynb #c025
-def _parts(model, u, i):
-    "What is added up to a score, before `y_range`"
-    match = (model.user_factors[u]*model.item_factors[i]).sum()
-    if model.user_bias is None: return dict(match=match)
-    parts = {'user bias': model.user_bias[u].sum(), 'item bias': model.item_bias[i].sum(), 'match': match}
-    return {'mean': model.mean.detach().sum()} | parts if isinstance(model, FactorModel) else parts
+def _named(rec, parts):
+    "Parts by name; those of items, largest first, by their ids"
+    if not any(isinstance(o, int) for o in parts): return parts
+    return {rec.items[row]: parts[row] for row in sorted(parts, key=lambda row: -abs(parts[row]))}
 
 # %% ../../nbs/collab_deep/use/00_explain.ipynb #x011
 def explain(
@@ -151,11 +147,12 @@ def explain(
     "What makes the score of `item` for `user`"
     rec = as_recommender(learn)
     refuse_shards(rec.model, 'explain')
-    if not isinstance(rec.model, (DotProduct, FactorModel)):
+    u,i = rec.known(rec.user, [user]),rec.known(rec.item, [item])
+    with scoring(rec.model) as model: parts = model.parts(u.to(rec.device), i.item())
+    if parts is None:
         raise TypeError(f'the score of {type(rec.model).__name__} is no sum of parts; '
                         'nearest_seen works for every model that has factors')
-    u,i = rec.known(rec.user, [user]),rec.known(rec.item, [item])
-    with scoring(rec.model) as model: parts = _parts(model, u.to(rec.device), i.to(rec.device))
+    parts = _named(rec, parts)
     total = check_scores(sum(parts.values()))
     parts |= dict(sum=total, score=into_range(total, rec.model.y_range))
     return pd.DataFrame({'value': {name: float(value) for name,value in parts.items()}})
@@ -169,6 +166,7 @@ def nearest_seen(
 )->pd.DataFrame: # `item`, `similarity` from -1 to 1, `ratings` in training
     "Items that `user` has rated in training whose factors point most the same way as those of `item`"
     rec,k = as_recommender(learn),list_length(k)
+    check_seen(rec)
     row = rec.known(rec.item, [item]).item()
     seen = csr_entries(rec.seen, rec.known(rec.user, [user]))[1]
     seen = seen[seen != row]

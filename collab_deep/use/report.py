@@ -64,8 +64,8 @@ def write_recommender_report(
              table_of(reasons(rec, user, k)),
              heading('What the factors say'),
              note('The most rated items, in the two directions in which their factors differ most.'),
-             _factors_picture(rec),
-             heading('Training'), _losses_picture(learn)]
+             _factors_picture(rec)]
+    if not learn.model.solves: parts += [heading('Training'), _losses_picture(learn)]
     return write_file(file, printable(page_of('Recommendations', parts)))
 
 # %% ../../nbs/collab_deep/use/02_report.ipynb #r005
