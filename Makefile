@@ -37,7 +37,7 @@ setup: .venv/.env .venv/.movielens .venv/.weights  ## the environment, the real 
 demo: setup  ## train two targets on real digits, and a recommender on real ratings, and show what comes out
 	paddy-multi train --out build/demo --epochs 5 --bs 16 --overwrite
 	collab-deep movielens --out build/demo/ratings.csv --overwrite
-	collab-deep train --ratings build/demo/ratings.csv --relevant 4 --out build/demo/recommender --overwrite
+	collab-deep train build/demo/ratings.csv --duplicates last --relevant 4 --out build/demo/recommender --overwrite
 	collab-deep recommend --model build/demo/recommender --user 196
 
 test: setup  ## nbdev_test and pytest

@@ -17,6 +17,7 @@ from .models.blend import *
 from .models.weights import *
 from .models.sharded import *
 from .models.by_id import *
+from .models.carried import *
 from .data.movielens import *
 from .data.columns import *
 from .data.frames import *
@@ -26,6 +27,7 @@ from .data.duplicates import *
 from .data.files import *
 from .data.dataset import *
 from .data.loaders import *
+from .lists.average import *
 from .lists.recommender import *
 from .lists.top import *
 from .lists.fold_in import *
@@ -45,6 +47,7 @@ from .train.learner import *
 from .train.stopping import *
 from .train.ensemble import *
 from .train.fit import *
+from .train.continued import *
 from .use.explain import *
 from .use.save import *
 from .use.report import *

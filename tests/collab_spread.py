@@ -40,10 +40,12 @@ def features(n, first=0):
     return pd.DataFrame(dict(age=g.normal(size=n), genre=g.choice(['a', 'b', 'a|b'], n)), index=range(first, first+n))
 
 
-def loaders(bs, n=300, implicit=False):
+def loaders(bs, n=300, implicit=False, weight_name=None):
     df = ratings(n)
+    if weight_name: df[weight_name] = np.random.default_rng(7).integers(0, 4, n)*1.
     splits = None if n > 100 else lambda df: (range(n-1), [n-1])  # a process has no row to validate
-    dls = RatingsDataLoaders.from_df(df, seed=1, splits=splits, bs=bs, val_bs=bs, implicit=implicit, device='cpu')
+    dls = RatingsDataLoaders.from_df(df, seed=1, splits=splits, bs=bs, val_bs=bs, implicit=implicit, device='cpu',
+                                     weight_name=weight_name)
     for dl in dls.loaders: dl.dataset.y = dl.dataset.y.double()
     return dls
 
@@ -77,13 +79,16 @@ CASES = dict(
     uneven=dict(model='bias', n=81), huber=dict(model='bias', loss=lambda: nn.HuberLoss(delta=.5)),
     sgd=dict(model='nn', opt_func=partial(SGD, mom=.9)), adam=dict(model='bias', opt_func=Adam),
     bpr=dict(model='free', loss=Even, implicit=True), bpr3=dict(model='free', loss=partial(Even, n=3), implicit=True),
-    softmax=dict(model='free', loss=lambda: 'softmax', implicit=True))
+    softmax=dict(model='free', loss=lambda: 'softmax', implicit=True),
+    softmax_stars=dict(model='free', loss=lambda: 'softmax'),
+    bpr_stars=dict(model='free', loss=partial(Even, n=2)), counted=dict(model='bias', weight_name='times'))
 
 
-def learner(bs, model='bias', n=300, loss=lambda: 'mse', implicit=False, prepare=lambda model: model, **kwargs):
+def learner(bs, model='bias', n=300, loss=lambda: 'mse', implicit=False, weight_name=None,
+            prepare=lambda model: model, **kwargs):
     "A learner of synthetic ratings in float64"
     seed(3)
-    dls = loaders(bs, n, implicit)
+    dls = loaders(bs, n, implicit, weight_name)
     made = MODELS[model](dls).double()
     learn = collab_deep_learner(dls, model=made, loss=loss(), lr=.05, wd=.01, cbs=SeenLosses(), **kwargs)
     prepare(learn.model)
@@ -281,3 +286,14 @@ def fail_in_parts(where):
     learn = shard_tables(learner(8))
     learn.add_cb(FailsInOne(where))
     with across_processes(learn, timeout=60): quietly(learn, fit)
+
+
+def run_solved():
+    "Losses of each epoch and scores of learners that are solved, in this process among all and alone"
+    def solved(name, among_all):
+        seed(3)
+        bs = 16 if among_all else 16*join_processes(60).world_size
+        learn = collab_deep_learner(loaders(bs), model=name, metrics=RankingMetric('ndcg'))
+        with across_processes(learn) if among_all else alone(), learn.no_bar(), learn.no_logging(): learn.fit(2)
+        return learn.recorder.values[-1][1:],learn.model.scores(torch.arange(5)).tolist()
+    return {name: [solved(name, among_all) for among_all in (True, False)] for name in ('ease', 'ials', 'blend')}

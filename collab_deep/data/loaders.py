@@ -16,7 +16,7 @@ from fastai.torch_core import default_device, display_df
 from fastcore.basics import patch
 from torch import Tensor
 
-from .columns import find_columns
+from .columns import check_zeros, find_columns
 from .dataset import RatingsDataset, datasets_of
 from .duplicates import check_splits_stay, merge_pairs
 from .files import read_ratings
@@ -140,6 +140,7 @@ class RatingsDataLoaders(DataLoaders):
         names = user,item,rating = find_columns(df, user_name, item_name, rating_name, implicit, weight_name)
         df = with_text_ids(df, [user, item])
         check_ratings(df, *names)
+        check_zeros(df, rating)
         if weight_name is not None: check_weights(df, weight_name)
         rows = merge_pairs(df, *names, duplicates, weight_name)
         check_splits_stay(splits, len(df), len(rows))

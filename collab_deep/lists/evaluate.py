@@ -80,7 +80,7 @@ def evaluate_ranking(
     "How good lists of `k` are, beside lists of the most rated items; what a user has in training is left out"
     measures = _checked(measures)
     task = ranking_task(learn, k, threshold, ratings)
-    if ratings is not None: task.warn_left_out()
+    if ratings is not None or task.n_left_out > .1*task.n_rows: task.warn_left_out()
     counts = task.rec.item_counts.float()
     def popularity(model, rows): return counts.repeat(len(rows), 1)
     res = _table_of(task, task.lists(), measures)
@@ -97,7 +97,7 @@ def user_metrics(
 )->pd.DataFrame: # By user: `relevant` items held out, ratings in `training`, and each measure of their list
     "How good the list of each user is, of whom `evaluate_ranking` gives the mean"
     task = ranking_task(learn, k, threshold, ratings)
-    if ratings is not None: task.warn_left_out()
+    if ratings is not None or task.n_left_out > .1*task.n_rows: task.warn_left_out()
     index = pd.Index([task.rec.users[i] for i in task.users.tolist()], name=task.rec.user)
     counts = dict(relevant=task.n_relevant[task.users], training=task.rec.user_counts[task.users])
     columns = {name: o.numpy() for name,o in (counts | task.each(task.lists())).items()}

@@ -131,7 +131,7 @@ def fold_in(
     rec = as_recommender(learn)
     refuse_shards(rec.model, 'fold_in')
     check_list(ratings, rec.item)
-    items,features = list(ratings),_features(rec.model, features)
+    items,features = list(dict.fromkeys(ratings)),_features(rec.model, features)
     if items and rec.ranks and isinstance(ratings, dict) and not rec.model.reads_ratings:
         raise ValueError(f'the model was trained for the order of lists and has no ratings to compare with: '
                          f'give the items that were taken alone, as in {set(items[:2])!r}; found {ratings}')

@@ -17,8 +17,9 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..models.csr import csr_from_keys
-from ..models.base import CollabModel, sharing
+from ..models.base import CollabModel
 from ..models.dot import DotProductBias
+from .average import with_average_rows
 from paddy_multi.core.ids import UnknownIds
 
 # %% ../../nbs/collab_deep/lists/01_recommender.ipynb #i102
@@ -125,30 +126,6 @@ def known(self:Recommender,
         if o not in rows: raise KeyError(_unknown(side, o, rows))
     return torch.tensor([rows[o] for o in ids], dtype=torch.int64)
 
-# %% ../../nbs/collab_deep/lists/01_recommender.ipynb #c020
-def _is_average(table, shards=None):
-    "Is the first row of `table` the average of the others, up to rounding?"
-    first,mean = (table[0], table[1:].mean(0)) if shards is None else shards.first_and_mean(table)
-    return torch.allclose(first, mean, atol=1e-6)
-
-@torch.no_grad()
-def _has_average_rows(model):
-    "Is what `model` has for unknown ids the average of what it has for the others?"
-    own = model.id_tables()
-    if own and all(_is_average(o, model.shards) for o in own): return True
-    if model.shards is not None: return False
-    with model.scoring() as read:  # some models add to the rows of their tables
-        tables = [read.user_factors, read.item_factors, read.user_bias, read.item_bias]
-    found = [_is_average(o) for o in tables if o is not None]
-    return bool(found) and all(found)
-
-def _with_average_rows(model):
-    "`model`, or where unknown ids are not the average ones a copy in which they are"
-    if _has_average_rows(model): return model
-    model = sharing(model, copied=True)
-    model.fill_unknown()
-    return model
-
 # %% ../../nbs/collab_deep/lists/01_recommender.ipynb #c024
 def _from_dot_bias(model):
     "A `DotProductBias` that equals fastai's `EmbeddingDotBias`, with average rows; TypeError for another model"
@@ -221,7 +198,7 @@ def as_recommender(
     "What is needed of `learn` to predict and to recommend"
     if isinstance(learn, Recommender): return learn
     model = learn.model if isinstance(learn.model, CollabModel) else _from_dot_bias(learn.model)
-    if average or any(map(len, model.cold)): model = _with_average_rows(model)
+    if average or any(map(len, model.cold)): model = with_average_rows(model)
     return _data_of(learn).recommender(model, getattr(learn, 'ranks', False))
 
 # %% ../../nbs/collab_deep/lists/01_recommender.ipynb #c036

@@ -80,8 +80,9 @@ def sharing(
 )->nn.Module: # In evaluation mode; to be read, not to be trained
     "A second `module` with the same parameters and buffers, which nothing that is done to it changes"
     def of(p): return nn.Parameter(p.data.clone() if copied else p.data, requires_grad=False)
+    def kept(o): return o.data.clone() if copied and o.is_floating_point() else o.data # lists are never written to
     parts = dict(_parameters={name: None if p is None else of(p) for name,p in module._parameters.items()},
-                 _buffers={name: None if o is None else o.data for name,o in module._buffers.items()},
+                 _buffers={name: None if o is None else kept(o) for name,o in module._buffers.items()},
                  _modules={name: None if o is None else sharing(o, copied) for name,o in module._modules.items()})
     res = object.__new__(type(module))
     vars(res).update(vars(module), training=False, **parts)

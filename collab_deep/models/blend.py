@@ -21,7 +21,8 @@ def standardised(
 )->Tensor: # [m, n]
     "Scores of each user about their mean, in standard deviations; 0 where a user's are all the same"
     known = scores[:,1:n_items]
-    return (scores - known.mean(1, keepdim=True))/known.std(1, correction=0, keepdim=True).clamp(min=1e-9)
+    spread,rounding = known.std(1, correction=0, keepdim=True),1e-6*known.abs().amax(1, keepdim=True)
+    return torch.where(spread > rounding, (scores - known.mean(1, keepdim=True))/spread, 0.)
 
 # %% ../../nbs/collab_deep/models/11_blend.ipynb #n008
 def checked_shares(
@@ -43,7 +44,11 @@ class Blend(Ensemble):
         super().__init__(members)
         self.y_range = None
         self.shares = checked_shares(shares, len(members))
-        self.settings = dict(members=members, shares=self.shares)
+
+    @property
+    def settings(self): return super().settings | dict(shares=self.shares)
+    @settings.setter
+    def settings(self, value): pass
 
     def joined(self, scores):
         return sum(share*standardised(o, self.n_items) for share,o in zip(self.shares, scores) if share)
@@ -53,7 +58,9 @@ class Blend(Ensemble):
     )->Tensor: # [bs]
         users,items = split_pairs(x)
         users,place = users.unique(return_inverse=True)
-        return self.scores(users)[place,items]
+        scores = self.scores(users)
+        if (items >= self.n_items).any(): scores = torch.cat([scores, self.cold_scores_of(self.user_rows(users))], 1)
+        return scores[place,items]
 
     @property
     def item_factors(self):

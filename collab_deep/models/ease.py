@@ -6,14 +6,13 @@
 __all__ = ['Histories', 'EASE']
 
 # %% ../../nbs/collab_deep/models/08_ease.ipynb #n003
-from dataclasses import asdict
-
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding_bag
 
 from .base import CollabModel, split_pairs
 from .csr import csr_from_keys, csr_places
-from .liking import Interactions, Liking, sparse_of, values_by
+from .liking import Interactions, ReadsRatings, sparse_of, values_by
 from paddy_multi.core.values import check_weight
 
 # %% ../../nbs/collab_deep/models/08_ease.ipynb #n007
@@ -53,32 +52,44 @@ def average_first(
     return *csr_from_keys(keys, data.n_users, data.n_items),torch.cat([mean, values])
 
 # %% ../../nbs/collab_deep/models/08_ease.ipynb #n013
-class Histories(CollabModel):
+class Histories(ReadsRatings, CollabModel):
     "Base of models that read what a user took: a row is a number for each item, 0 for those not taken"
-    solves,reads_ratings = True,True
+    solves = True
 
-    def add_lists(self, n_seen, liking):
-        "Room for `n_seen` entries, read by `liking`, a dict"
-        self.liking = Liking(**liking)
+    def add_lists(self, n_seen, strength):
+        "Room for `n_seen` entries"
+        self.add_scale(strength)
         self.register_buffer('starts', torch.zeros(self.n_users+1, dtype=torch.long))
         self.register_buffer('taken', torch.zeros(n_seen, dtype=torch.long))
-        self.register_buffer('values', torch.zeros(n_seen))
+        self.register_buffer('liked', torch.zeros(n_seen))
 
     def keep_lists(self, data, values, liking):
         "Keep who took what, and by which scale it is read"
-        device = self.starts.device
-        self.starts,self.taken,self.values = (o.to(device) for o in average_first(data, values))
-        self.liking = liking
-        self.settings |= dict(n_seen=len(self.taken), liking=asdict(liking))
+        starts,taken,liked = average_first(data, values)
+        device,self.starts = self.starts.device,starts.to(self.starts.device)
+        self.taken,self.liked = taken.to(device),liked.to(self.liked)
+        self.keep_scale(liking)
+        self.settings = self.settings | dict(n_seen=len(taken))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        "Make room for lists of other lengths"
+        if (taken := state_dict.get(prefix + 'taken')) is not None:
+            self.taken,self.liked = (o.new_zeros(len(taken)) for o in (self.taken, self.liked))
+            self.settings = self.settings | dict(n_seen=len(taken))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def with_lists(self, users):
+        "`users`, and the unknown one at 0 for those of whom nothing is known"
+        return users.where(self.starts[users+1] > self.starts[users], 0)
 
     def user_rows(self, users):
-        rows = torch.zeros(len(users), self.n_items, device=users.device)
-        position,places = csr_places(self.starts, users)
-        rows[position,self.taken[places]] = self.values[places]
+        rows = torch.zeros(len(users), self.n_items, dtype=self.liked.dtype, device=users.device)
+        position,places = csr_places(self.starts, self.with_lists(users))
+        rows[position,self.taken[places]] = self.liked[places]
         return rows
 
     def solved_row(self, items, ratings=None, weights=None):
-        row = torch.zeros(self.n_items, device=items.device)
+        row = torch.zeros(self.n_items, dtype=self.liked.dtype, device=items.device)
         row[items] = self.liking.of_one(ratings, len(items)).to(row)*(1 if weights is None else weights.sqrt())
         return row
 
@@ -102,17 +113,14 @@ class EASE(Histories):
         reg:float=350., # Penalty for large weights; less suits items with few ratings each
         strength:float=.4, # What a standard deviation of a user's ratings is worth; 0 for what was taken, however rated
         n_seen:int=0, # Entries of the lists that it keeps
-        liking:dict=None, # Scale of the ratings
     ):
         if not check_weight(reg, what='reg, the penalty for large weights,'):
             raise ValueError('reg, the penalty for large weights, is more than 0; found 0')
-        liking = liking or asdict(Liking(strength))
         super().__init__(n_users, n_items)
-        self.settings = dict(n_users=n_users, n_items=n_items, reg=float(reg), strength=strength, n_seen=n_seen,
-                             liking=liking)
-        self.add_lists(n_seen, liking)
+        self.settings = dict(n_users=n_users, n_items=n_items, reg=float(reg), strength=strength, n_seen=n_seen)
+        self.add_lists(n_seen, strength)
         self.weights = nn.Parameter(torch.zeros(n_items, n_items), requires_grad=False)
-        self.reg,self.strength = float(reg),strength
+        self.reg = float(reg)
 
     def solve(self, data, turn=0):
         "Solve for the `Interactions` of training, all in the first turn, numbered 0"
@@ -126,6 +134,15 @@ class EASE(Histories):
 
     @torch.no_grad()
     def fill_unknown(self): self.weights[:,0] = self.weights[:,1:].mean(1)
+
+    def scores(self, users):
+        "Scores of all items; of users with short lists without making rows of these, which are nearly empty"
+        if not len(self.taken): raise ValueError(f'this {type(self).__name__} is not solved yet: fit its learner')
+        position,places = csr_places(self.starts, self.with_lists(users))
+        if 8*len(places) > len(users)*self.n_items: return super().scores(users)
+        starts = torch.searchsorted(position, torch.arange(len(users), device=users.device))
+        return embedding_bag(self.taken[places], self.weights, starts, mode='sum',
+                             per_sample_weights=self.liked[places])
 
     def scores_of(self, rows):
         used = rows.any(0).nonzero()[:,0]
@@ -144,6 +161,6 @@ class EASE(Histories):
 
     def parts(self, user, item):
         "What each item that `user` took adds to the score of `item`, by row number"
-        _,places = csr_places(self.starts, user)
+        _,places = csr_places(self.starts, self.with_lists(user))
         taken = self.taken[places]
-        return dict(zip(taken.tolist(), (self.values[places]*self.weights[taken,item]).unbind()))
+        return dict(zip(taken.tolist(), (self.liked[places]*self.weights[taken,item]).unbind()))

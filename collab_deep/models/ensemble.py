@@ -87,8 +87,12 @@ class Ensemble(_MemberRows, _MemberFactors, CollabModel):
     ):
         models = _build_members(members)
         super().__init__(models[0].n_users, models[0].n_items, models[0].y_range)
-        self.settings = dict(members=members)
         self.members = ModuleList(models)
+
+    @property
+    def settings(self): return dict(members=[dict(kind=type(m).__name__, settings=m.settings) for m in self.members])
+    @settings.setter
+    def settings(self, value): pass # those of the members, as they are now
 
     @classmethod
     def of(cls,
@@ -114,9 +118,7 @@ class Ensemble(_MemberRows, _MemberFactors, CollabModel):
     def reads_ratings(self): return all(m.reads_ratings for m in self.members)
 
     def solve(self, data, turn=0):
-        for described,m in zip(self.settings['members'], self.members):
-            m.solve(data, turn)
-            described['settings'] = m.settings
+        for m in self.members: m.solve(data, turn)
 
     def fill_unknown(self):
         for m in self.members: m.fill_unknown()

@@ -61,14 +61,15 @@ class InnerSplit:
     ):
         gen = torch.Generator().manual_seed(seed)
         values = values_by(data, strength)[1]
+        likes = values >= 1
         if data.weights is not None: values = values*data.weights.sqrt()
         often = torch.bincount(data.items, minlength=data.n_items)[1:].argsort(descending=True, stable=True)[:n] + 1
         number = torch.full((data.n_items,), -1).index_put((often,), torch.arange(len(often)))
         here = number[data.items] >= 0
-        users,items,values = data.users[here],number[data.items[here]],values[here]
+        users,items,values,likes = data.users[here],number[data.items[here]],values[here],likes[here]
         held = torch.rand(len(users), generator=gen) < .1
         self.x = _sparse(users[~held], items[~held], values[~held], (data.n_users, len(often)))
-        liked = held & (values >= 1)
+        liked = held & likes
         found = users[liked].unique()
         self.rows = found[torch.randperm(len(found), generator=gen)[:n]].sort().values
         place = torch.full((data.n_users,), -1).index_put((self.rows,), torch.arange(len(self.rows)))
@@ -99,7 +100,7 @@ def chosen_reg(
 
 # %% ../../nbs/collab_deep/train/05_choose.ipynb #n019
 solved_names = 'ease','ials','blend','auto' # models that are solved, for lists
-_largest_for_ease = 10_000 # items: a table of each pair takes 400 MB
+_largest_for_ease,_largest_at_all = 15_000,40_000 # items: a table of each pair takes .9 and 6.4 GB
 
 def default_loss(
     dls, # `RatingsDataLoaders`
@@ -111,8 +112,15 @@ def default_loss(
 
 # %% ../../nbs/collab_deep/train/05_choose.ipynb #n021
 def _ease(dls, reg='auto', strength=.4):
+    if dls.n_items > _largest_at_all:
+        raise ValueError(f'EASE has a number for each pair of items, {4e-9*dls.n_items**2:.0f} GB for {dls.n_items:,} '
+                         f"of them: use model='ials', whose size grows with the items alone")
     if reg == 'auto': reg = chosen_reg(interactions_of(dls), strength)
     return EASE(dls.n_users, dls.n_items, reg, strength)
+
+# What `config` may hold; in a blend `reg` is EASE's
+_settings = dict(ease=['reg', 'strength'], ials=['reg', 'unseen', 'strength'])
+_settings |= dict.fromkeys(['blend', 'auto'], ['reg', 'unseen', 'strength', 'shares'])
 
 def _ials(dls, n_factors=32, **config): return iALS(dls.n_users, dls.n_items, n_factors, **config)
 
@@ -123,13 +131,15 @@ def solved_model(
     **config, # Further arguments of the model
 )->CollabModel: # Not yet solved
     "A model for lists; 'auto' is a blend of both, and iALS alone where items are too many for EASE"
+    if unknown := config.keys() - _settings[name]:
+        raise ValueError(f'config of {name!r} is of {_settings[name]}, found {sorted(unknown)}')
     factors = {} if n_factors is None else dict(n_factors=n_factors)
     if name == 'auto': name = 'blend' if dls.n_items <= _largest_for_ease else 'ials'
     if name == 'ease': return _ease(dls, **config)
     if name == 'ials': return _ials(dls, **factors, **config)
-    shares,strength = config.pop('shares', None),config.pop('strength', .4)
-    both = _ease(dls, strength=strength, **config),_ials(dls, strength=strength, **factors)
-    return Blend.of(both, shares=shares)
+    def of(*names): return {o: config[o] for o in names if o in config}
+    both = _ease(dls, **of('reg', 'strength')),_ials(dls, **factors, **of('unseen', 'strength'))
+    return Blend.of(both, shares=config.get('shares'))
 
 # %% ../../nbs/collab_deep/train/05_choose.ipynb #n024
 def said_of(
@@ -145,4 +155,6 @@ def said_of(
     members = getattr(model, 'members', [model])
     chosen = ' + '.join(f'{type(o).__name__}(reg={o.reg:g})' if isinstance(o, EASE) else
                         f'{type(o).__name__}({o.item_factors.shape[1]} factors)' for o in members)
-    return f"{found}: {chosen}" + (f', loss {loss!r}' if loss.name else '')
+    too_many = isinstance(model, iALS) and dls.n_items > _largest_for_ease
+    why = f' (EASE is for up to {_largest_for_ease:,} items)' if too_many else ''
+    return f'{found}: {chosen}{why}' + (f', loss {loss!r}' if loss.name else '')

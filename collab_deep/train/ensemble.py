@@ -7,7 +7,6 @@ __all__ = ['collab_ensemble']
 
 # %% ../../nbs/collab_deep/train/08_ensemble.ipynb #c003
 from fastai.torch_core import set_seed
-from torch import nn
 
 from ..models.ensemble import Ensemble
 from .choose import default_loss, solved_names
@@ -17,7 +16,7 @@ from .learner import CollabLearner, collab_deep_learner
 def _check_members(n, model):
     "`ValueError` or `TypeError` for what gives no members that start from different seeds"
     if n < 1: raise ValueError(f'n is the number of members, at least 1; found {n!r}')
-    if not isinstance(model, nn.Module): return
+    if model is None or isinstance(model, str): return
     raise TypeError(f'members start from different seeds, and this {type(model).__name__} has started: say how to '
                     f"make one by n_factors, use_nn or config, or model='factor'. Models that were trained apart "
                     f'become one by Ensemble.of')

@@ -6,7 +6,10 @@
 __all__ = ['fit_model', 'fit_ease', 'fit_ials', 'blend']
 
 # %% ../../nbs/collab_deep/train/09_fit.ipynb #n003
+from inspect import signature
+
 from fastai.callback.core import CancelValidException
+from fastai.learner import Learner
 from fastai.torch_core import set_seed
 
 from ..models.blend import Blend
@@ -14,9 +17,10 @@ from .choose import solved_names
 from .learner import CollabLearner, collab_deep_learner
 from .losses import CollabLoss
 from paddy_multi.core.finite import OwnEvents
+from paddy_multi.core.values import is_whole
 
 # %% ../../nbs/collab_deep/train/09_fit.ipynb #n007
-_epochs = dict(ease=1, ials=12, blend=12, auto=12) # turns; models that are trained have 5 epochs
+_epochs = dict(ease=1, ials=12, blend=12, auto=12, dot=5, nn=5, factor=5) # turns, or epochs; losses on lists have 10
 
 def names_of_models():
     "All names that `fit_model` knows: of models, and of losses on lists for `DotProductBias`"
@@ -34,20 +38,33 @@ class WithoutValidation(OwnEvents):
     order = 95 # after the recorder, which gets ready for it
     def before_validate(self): raise CancelValidException
 
+# %% ../../nbs/collab_deep/train/09_fit.ipynb #w101
+def _check_arguments(dls, epochs, given):
+    "`TypeError` or `ValueError` for loaders, epochs and arguments that would be refused deep inside"
+    if not hasattr(dls, 'ratings_of'):
+        raise TypeError(f'expected loaders, as RatingsDataLoaders.from_df(df) gives; found {type(dls).__name__}')
+    if epochs is not None and not is_whole(epochs):
+        raise ValueError(f'epochs is how often to go over all ratings, a positive integer; found {epochs!r}')
+    known = {*signature(collab_deep_learner).parameters, *signature(Learner).parameters}
+    if unknown := sorted(given.keys() - known):
+        raise TypeError(f'{unknown} are no arguments of collab_deep_learner: settings of a model go into '
+                        f'config=dict(...), and those of loaders, as bs, into RatingsDataLoaders')
+
 # %% ../../nbs/collab_deep/train/09_fit.ipynb #n009
 def fit_model(
     dls, # `RatingsDataLoaders`
-    name:str='auto', # 'auto', 'blend', 'ease' and 'ials' for lists; 'dot', 'nn', 'factor' for ratings; or a loss on lists
-    epochs:int=None, # Epochs, or turns of what is solved; 1 of EASE, 12 of iALS, else 5
+    name:str='auto', # 'auto', 'blend', 'ease', 'ials' for lists; 'dot', 'nn', 'factor' for ratings; or a loss on lists
+    epochs:int=None, # Epochs, or turns of what is solved: 1 of EASE, 12 of iALS; 5 for ratings, 10 of a loss on lists
     seed:int=0, # Of weights and order
     **kwargs, # For `collab_deep_learner`
 )->CollabLearner: # ValueError for an unknown name
     "Make a learner and fit it, silently but for what was chosen"
     check_name(name)
+    _check_arguments(dls, epochs, kwargs)
     set_seed(seed)
     kind = dict(model=name) if name in (*solved_names, 'dot', 'nn', 'factor') else dict(loss=name)
     learn = collab_deep_learner(dls, **kind, **kwargs)
-    epochs = _epochs.get(name, 5) if epochs is None else epochs
+    epochs = _epochs.get(name, 10) if epochs is None else epochs
     fit = learn.fit if learn.model.solves else learn.fit_one_cycle
     with learn.no_bar(), learn.no_logging(): fit(epochs, cbs=WithoutValidation())
     return learn
@@ -74,9 +91,16 @@ def fit_ials(
 # %% ../../nbs/collab_deep/train/09_fit.ipynb #n021
 def _check_learners(learners):
     "`ValueError` or `TypeError` for what cannot be put together"
+    if not isinstance(learners, (list, tuple)):
+        raise TypeError(f'a blend is of a list of learners, as in blend([a, b]); found {type(learners).__name__}')
     odd = next((o for o in learners if not isinstance(o, CollabLearner)), None)
     if odd is not None: raise TypeError(f'a blend is of learners of collab_deep, found {type(odd).__name__}')
     if not learners: raise ValueError('a blend has at least one member, found none')
+    if len({_rows_of(o).digest for o in learners}) > 1:
+        raise ValueError('learners of a blend have other users, items or training rows: one may have learned from what '
+                         'is held out for another, so train them on the same loaders')
+
+def _rows_of(learn): return vars(learn.dls).get('unweighed', learn.dls).train.dataset
 
 # %% ../../nbs/collab_deep/train/09_fit.ipynb #n023
 def blend(

@@ -17,7 +17,8 @@ from fastcore.foundation import L
 from ..data.loaders import RatingsDL
 from ..lists.recommender import Recommender, as_recommender
 from ..models.base import CollabModel, checked_range
-from ..models.by_id import carried_over, ids_of, know_ids, refuse_other_ids
+from ..models.by_id import ids_of, know_ids, refuse_other_ids
+from ..models.carried import carried_over
 from ..models.dot import DotProductBias
 from ..models.factor import FactorModel, factor_model
 from ..models.nn import EmbeddingNN
@@ -45,7 +46,7 @@ def known_before(
     "Where a learner or a `Recommender` is given, its model for the ids of `dls`"
     if not isinstance(model, (Learner, Recommender)): return None,model,''
     if isinstance(model, Learner):
-        refuse_shards(model.model, 'to start from a model')
+        if isinstance(model.model, CollabModel): refuse_shards(model.model, 'to start from a model')
         if hasattr(model.dls, 'vocab'): refuse_other_ids(model.model, model.dls.vocab)
     rec = as_recommender(model, average=False)
     return (model, *carried_over(rec.model, rec.classes, dls))
@@ -58,10 +59,12 @@ def _loss_of(before, dls):
             raise ValueError('a Recommender keeps no loss, and this one was trained for the order of lists: say '
                              "which loss, as in loss='softmax' or 'bpr'")
         return default_loss(dls, before.model)
-    own = getattr(before, 'collab_loss', CollabLoss())
-    if callable(own.loss_func): return own
-    return default_loss(dls, before.model) if getattr(before.model, 'solves', False) else CollabLoss(before.loss_func)
+    own,func = getattr(before, 'collab_loss', CollabLoss()),before.loss_func
+    if isinstance(func, WeighedLoss): func = func.loss_func
+    if own.loss_func == func: return own  # and was not replaced since
+    return default_loss(dls, before.model) if getattr(before.model, 'solves', False) else CollabLoss(func)
 
+# %% ../../nbs/collab_deep/train/06_learner.ipynb #a1b2c315
 def loss_like(
     before, # Learner or `Recommender` to start from, `None` for none
     loss, # As `collab_deep_learner` takes it
@@ -75,6 +78,16 @@ def loss_like(
     raise ValueError(f'the model was trained for {kinds[bool(ranked)]}, and {res!r} is a loss on '
                      f'{kinds[bool(res.ranks)]}: make a new model, or if you mean to change what scores say, '
                      'start without loss= and give the model of the learner that comes back')
+
+# %% ../../nbs/collab_deep/train/06_learner.ipynb #a1b2c321
+def kept_apart(
+    loss, # `CollabLoss`
+    dls, # `RatingsDataLoaders`
+): # `RatingsDataLoaders` to train on; those that are other ones have `dls` as `unweighed`
+    "What `loss` makes of `dls`"
+    res = loss.loaders(dls)
+    if res is not dls: res.unweighed = dls
+    return res
 
 # %% ../../nbs/collab_deep/train/06_learner.ipynb #9a1a5fe2
 class CheckIds(OwnEvents):
@@ -121,6 +134,9 @@ class CollabLearner(RestoresAutocast, Learner):
 
     def get_preds(self, ds_idx=1, dl=None, reorder=True, **kwargs):
         "As in fastai, which takes the prediction of a single pair for a tuple of one and then fails to put it in order"
+        if self.ranks and kwargs.get('with_loss'):
+            raise ValueError(f'the loss of a ranking is of lists, so a single pair has none: ask without with_loss, '
+                             f'and learn.validate() for the loss of all; found loss={self.collab_loss!r}')
         dl = dl if dl is not None else self.dls[ds_idx].new(shuffle=False, drop_last=False)
         single = isinstance(dl, RatingsDL) and len(dl.dataset) == 1
         res = super().get_preds(dl=dl, reorder=reorder and not single, **kwargs)
@@ -150,10 +166,11 @@ def _make_model(dls, loss, model, n_factors, use_nn, emb_szs, layers, y_range, c
     "The model that the arguments of `collab_deep_learner` ask for"
     if isinstance(model, CollabModel): return model
     if model in solved_names: return solved_model(dls, model, n_factors, **config)
-    n_factors = n_factors or 50
+    n_factors = 50 if n_factors is None else n_factors
     if model == 'factor': return factor_model(dls, n_factors, y_range, **config)
     if model not in (None, 'dot', 'nn'):
-        raise TypeError(f"model is one of {['dot', 'nn', 'factor', *solved_names]}, a learner to start from, or a CollabModel of your own; "
+        raise TypeError(f"model is one of {['dot', 'nn', 'factor', *solved_names]}, a learner to start from, "
+                        f'or a CollabModel of your own; '
                         f'found {model!r:.60}')
     if not use_nn and model != 'nn':
         config = loss.model_config(n_factors) | config
@@ -173,7 +190,8 @@ def _check_given(model, y_range, **given):
         no_use = {*given, 'y_range'} - {'config', *(['n_factors'] if model != 'ease' else [])}
         passed_over,why = no_use & {*names, *(['y_range'] if y_range else [])},f'model={model!r} has none'
     elif model == 'factor': passed_over,why = {'use_nn', 'emb_szs', 'layers'} & {*names},"model='factor' has none"
-    elif not given['use_nn'] and model != 'nn': passed_over,why = {'emb_szs', 'layers'} & {*names},'they are for use_nn=True'
+    elif not given['use_nn'] and model != 'nn':
+        passed_over,why = {'emb_szs', 'layers'} & {*names},'they are for use_nn=True'
     else: return
     if passed_over: raise ValueError(f'{sorted(passed_over)} would change nothing, since {why}: leave it out')
 
@@ -198,6 +216,7 @@ def collab_deep_learner(
     if 'loss_func' in kwargs:
         raise TypeError(f'loss_func follows from loss, one of {list(CollabLoss.registry)}: choose that, or give '
                         f"your own function as loss; found {kwargs['loss_func']!r:.60}")
+    dls = vars(dls).get('unweighed', dls) # of another learner: without the weights of its loss
     given = dict(n_factors=n_factors, use_nn=use_nn, emb_szs=emb_szs, layers=layers, config=config)
     before,model,known = known_before(model, dls)
     chosen = loss is None and y_range is None and (model in solved_names or model is None and not any(given.values()))
@@ -205,12 +224,12 @@ def collab_deep_learner(
     _check_given(model, checked_range(y_range), **given)
     loss = default_loss(dls, model) if loss is None and before is None else loss_like(before, loss, dls)
     loss.check(dls, model.y_range if known and not loss.ranks else y_range)
-    right_for_64 = (6e-3, .315) if model == 'factor' or known and isinstance(model, FactorModel) else (5e-3, .1)
+    right_for_64 = (6e-3, .315) if model == 'factor' or known and isinstance(model, FactorModel) else loss.lr_wd
     usual_lr,usual_wd = lr_wd_for(dls.train.bs, *right_for_64)
     model = _make_model(dls, loss, model, n_factors, use_nn, emb_szs, layers, y_range, config or {})
     if chosen or known: print(known or said_of(dls, model, loss))
     know_ids(model, dls.vocab)
-    dls = loss.loaders(dls)
+    dls = kept_apart(loss, dls)
     extra,weighs = loss.callbacks(dls),dls.weights_of('train') is not None
     learn = CollabLearner(
         dls, model, WeighedLoss(loss.loss_func) if weighs else loss.loss_func,

@@ -8,8 +8,6 @@ __all__ = ['CollabLoss', 'RankingLoss', 'SquaredErrorLoss', 'bpr_loss', 'BPRCall
 
 # %% ../../nbs/collab_deep/train/02_losses.ipynb #c003
 import warnings
-
-import warnings
 from functools import partial
 
 import torch
@@ -27,6 +25,7 @@ class CollabLoss:
     registry = {} # classes of losses by name
     name,loss_func = None,None # the function is of (pred, targ, reduction='mean')
     ranks = False # do scores have an order alone, so that they are no ratings?
+    lr_wd = 5e-3,.1 # learning rate and weight decay that are right for batches of 64
 
     def __init__(self,
         loss_func=None, # Function of predictions and ratings, where the class has none of its own
@@ -90,9 +89,12 @@ class RankingLoss(CollabLoss):
     ranks = True
     weights = 'above lowest' # or a function of ratings, [n] to [n], or None where all rows count the same
 
-    def loaders(self, dls):
-        lowest_is_0 = partial(above_lowest, lowest=dls.y_min, highest=dls.y_max)
-        return weighed(dls, lowest_is_0 if self.weights == 'above lowest' else self.weights)
+    def weigher(self, dls):
+        "The function of ratings that gives weights, or `None`"
+        if self.weights != 'above lowest': return self.weights
+        return partial(above_lowest, lowest=dls.y_min, highest=dls.y_max)
+
+    def loaders(self, dls): return weighed(dls, self.weigher(dls))
 
     def model_config(self, n_factors): return {'std': .1/n_factors**.5}
 
@@ -159,34 +161,39 @@ class BPRLoss(RankingLoss):
     name,loss_func = 'bpr',staticmethod(bpr_loss)
     def __init__(self,
         n:int=1, # Items left beside each item taken
-        weights='above lowest', # How much a row counts: by its rating, by a function of all ratings, or `None`: the same
+        weights='above lowest', # How much a row counts: by its rating, by a function of all ratings, or `None`: as all
     ): self.n,self.weights = n,weights
 
     def callbacks(self, dls):
         return [BPRCallback(NegativeSampler(dls.seen, dls.n_items), self.n, in_rows=True), TakenFirst()]
 
 # %% ../../nbs/collab_deep/train/02_losses.ipynb #w001
-def warn_of_new_items(
+def warn_of_no_row(
     n:int, # Validation rows of a batch
 ):
-    "Warn that none of `n` rows has an item of training"
-    warnings.warn(f'training has none of the items of {n:,} validation rows, so their loss is NaN: '
-                  f'hold out other rows, or watch a RankingMetric')
+    "Warn that none of `n` rows counts"
+    warnings.warn(f'of {n:,} validation rows none counts, since training has none of their items, or their ratings '
+                  f'have no weight, so their loss is NaN: hold out other rows, or watch a RankingMetric')
 
 # %% ../../nbs/collab_deep/train/02_losses.ipynb #c035
 class SoftmaxCallback(Callback):
     "Turn the score of each pair into the log of its share among all items; the unknown item at 0 has none"
     order = 5
+    def __init__(self,
+        weigh=None, # Function of ratings that gives the weights of held-out rows; all the same if not given
+    ): self.weigh = weigh
+
     def after_pred(self):
         if hasattr(self, 'gather_preds') or not len(self.yb): return
         pairs = self.xb[0]
+        ratings,*weights = self.yb # weights are those of training rows
         known = (pairs[:,1] > 0).float()
-        if not self.training and not known.any(): warn_of_new_items(len(pairs))
+        if not self.training:
+            if self.weigh is not None: known = known*self.weigh(ratings)
+            if not known.any(): warn_of_no_row(len(pairs))
         users,row = pairs[:,0].unique(return_inverse=True)
         # not from `pred`: batch norm of pairs gives them another score
         shares = self.model.scores(users)[:,1:].log_softmax(1)
-        _,*weights = self.yb
-        if weights and not self.training: known,weights = known*weights[0],()
         self.learn.pred,self.learn.yb = shares[row, (pairs[:,1]-1).clamp(min=0)],(known, *weights)
 
 # %% ../../nbs/collab_deep/train/02_losses.ipynb #c040
@@ -203,11 +210,12 @@ def softmax_loss(
 class SoftmaxLoss(RankingLoss):
     "What was taken is picked out of all items"
     name,loss_func = 'softmax',staticmethod(softmax_loss)
+    lr_wd = 8e-3,.04
     def __init__(self,
-        weights='above lowest', # How much a row counts: by its rating, by a function of all ratings, or `None`: the same
+        weights='above lowest', # How much a row counts: by its rating, by a function of all ratings, or `None`: as all
     ): self.weights = weights
 
-    def callbacks(self, dls): return [SoftmaxCallback()]
+    def callbacks(self, dls): return [SoftmaxCallback(self.weigher(dls))]
     def loaders(self, dls): return super().loaders(dls).by_user()
 
 # %% ../../nbs/collab_deep/train/02_losses.ipynb #c045

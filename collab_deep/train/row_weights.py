@@ -6,11 +6,11 @@
 __all__ = ['above_lowest']
 
 # %% ../../nbs/collab_deep/train/01_row_weights.ipynb #n003
-from copy import copy
+from copy import deepcopy
 
 import torch
 from fastai.callback.core import Callback
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.loaders import RatingsDataset
 
@@ -42,28 +42,24 @@ def weighed(
     dls, # `RatingsDataLoaders`
     weights=None, # Function of ratings, [n] to [n]; `None` leaves the column of weights alone, if there is one
 ): # `RatingsDataLoaders` of the same rows; `dls` itself where all rows count the same
-    "Give each row its weight, with a mean of 1 in training; `ValueError` if all are 0"
-    def of(split):
-        ratings,column = dls.ratings_of(split)[1],dls.weights_of(split)
-        res = torch.ones(len(ratings)) if weights is None else checked_weights(weights(ratings), len(ratings))
-        return res if column is None else res*column
-    train,valid = of('train'),of('valid')
-    mean = train.double().mean().item()
+    "Give each training row its weight, with a mean of 1; `ValueError` if all are 0"
+    ratings,column = dls.ratings_of('train')[1],dls.weights_of('train')
+    w = torch.ones(len(ratings)) if weights is None else checked_weights(weights(ratings), len(ratings))
+    if column is not None: w = w*column
+    mean = w.double().mean().item()
     if not mean: raise ValueError('all training rows have weight 0, so there is nothing to learn from')
-    if dls.weights_of('train') is None and (train == train[0]).all(): return dls
-    datasets = [RatingsDataset(old.x, old.y, old.vocab, (w/mean).to(old.x.device))
-                for old,w in zip((dls.train.dataset, dls.valid.dataset), (train, valid))]
-    new = type(dls)(*(dl.new(dataset) for dl,dataset in zip(dls.loaders, datasets)),
-                    path=dls.path, device=dls.device)
-    return new
+    if column is None and (w == w[0]).all(): return dls
+    old = [dl.dataset for dl in dls.loaders]
+    new = [RatingsDataset(o.x, o.y, o.vocab, None if i else (w/mean).to(o.x.device)) for i,o in enumerate(old)]
+    return type(dls)(*(dl.new(dataset) for dl,dataset in zip(dls.loaders, new)), path=dls.path, device=dls.device)
 
 # %% ../../nbs/collab_deep/train/01_row_weights.ipynb #n016
 def per_row(
     loss_func, # A function with an argument `reduction`, or a module with that attribute
 ): # Function of (pred, targ) that gives a loss for each row; `TypeError` for one that cannot
     "A loss that is not reduced"
-    if isinstance(loss_func, nn.Module) and hasattr(loss_func, 'reduction'):
-        single = copy(loss_func)
+    if hasattr(loss_func, 'reduction'):
+        single = deepcopy(loss_func) # a copy of fastai's losses has its function in common
         single.reduction = 'none'
         return single
     def single(pred, *targ):
@@ -81,10 +77,14 @@ class WeighedLoss:
     ): self.loss_func,self.single = loss_func,per_row(loss_func)
 
     def __call__(self, pred, *targs, reduction='mean'):
-        *targs,weights = targs if len(targs) > 1 else (*targs, None)
-        loss = self.single(pred, *targs)
-        if weights is not None: loss = loss*weights
+        if len(targs) == 1 and reduction == 'mean': return self.loss_func(pred, *targs) # as it takes its mean
+        *targs,weights = targs if len(targs) > 1 else (*targs, 1.)
+        loss = self.single(pred, *targs)*weights
         return loss if reduction == 'none' else getattr(loss, reduction)()
+
+    def __getattr__(self, name):
+        if name not in ('activation', 'decodes'): raise AttributeError(name)
+        return getattr(self.loss_func, name)
 
 class RowWeights(Callback):
     "When predictions are asked for, ratings are the only targets"

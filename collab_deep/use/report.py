@@ -29,6 +29,12 @@ def reasons(
     lists = recommend(learn, user, k)
     return lists.assign(like=[nearest_seen(learn, user, o, 1)['item'].iloc[0] for o in lists['item']])
 
+# %% ../../nbs/collab_deep/use/02_report.ipynb #k002
+def _kind_of(model):
+    "The class of `model`, with those of its members if it has any"
+    members = [type(o).__name__ for o in getattr(model, 'members', ())]
+    return type(model).__name__ + (f' of {", ".join(members)}' if members else '')
+
 # %% ../../nbs/collab_deep/use/02_report.ipynb #r001
 def _factors_picture(rec):
     "The most rated items in the plane of their factors"
@@ -55,7 +61,7 @@ def write_recommender_report(
     rec,lists = as_recommender(learn),evaluate_ranking(learn, k, threshold)
     relevant = 'is held out' if threshold is None else f'has a held-out rating of at least {threshold:g}'
     parts = [heading(f'Recommendations from {int(rec.item_counts.sum()):,} ratings', 1),
-             note(f'{type(rec.model).__name__}; {rec.user}: {len(rec.users)-1:,}, {rec.item}: {len(rec.items)-1:,}.'),
+             note(f'{_kind_of(rec.model)}; {rec.user}: {len(rec.users)-1:,}, {rec.item}: {len(rec.items)-1:,}.'),
              heading('How good the lists are'),
              note(f'Lists of {k} for {lists.attrs["users"]:,} users, without what they have rated in training. '
                   f'An item is relevant if it {relevant}. Beside the model: the most rated items.'),

@@ -50,7 +50,8 @@ def remember(
         model._register_load_state_dict_pre_hook(_compare_facts, with_module=True)
     model.facts,model.facts_advice = facts,advice
 
-def _write_facts(model, state_dict, prefix, local_metadata): local_metadata['facts'] = model.facts
+def _write_facts(model, state_dict, prefix, local_metadata):
+    if hasattr(model, 'facts'): local_metadata['facts'] = model.facts  # a copy made before it knew has none
 
 def _compare_facts(model, state_dict, prefix, local_metadata, *args):
     found = local_metadata.get('facts')
