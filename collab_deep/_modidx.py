@@ -425,6 +425,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'collab_deep/lists/recommend.py'),
                                              'collab_deep.lists.recommend._table': ( 'collab_deep/lists/recommend.html#_table',
                                                                                      'collab_deep/lists/recommend.py'),
+                                             'collab_deep.lists.recommend._warn_of_dislikes': ( 'collab_deep/lists/recommend.html#_warn_of_dislikes',
+                                                                                                'collab_deep/lists/recommend.py'),
                                              'collab_deep.lists.recommend._yes_or_no': ( 'collab_deep/lists/recommend.html#_yes_or_no',
                                                                                          'collab_deep/lists/recommend.py'),
                                              'collab_deep.lists.recommend.frozen_recommender': ( 'collab_deep/lists/recommend.html#frozen_recommender',

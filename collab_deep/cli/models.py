@@ -76,6 +76,4 @@ def fit(
     "Train, with a line an epoch, or solve"
     from collab_deep.train.fit import WithoutValidation
     if not learn.model.solves: return learn.fit_one_cycle(epochs)
-    with learn.no_bar(), learn.no_logging(), warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'You are shadowing an attribute')  # by fastai, of names of EASE's tables
-        learn.fit(epochs, cbs=WithoutValidation())
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, cbs=WithoutValidation())

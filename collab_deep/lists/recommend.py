@@ -67,10 +67,19 @@ def _table(rec, values, cols):
     items = [ids[i] if i else pd.NA for i in cols[kept].tolist()]
     return pd.DataFrame({'item': items, 'score': values[kept].numpy()})
 
+# %% ../../nbs/collab_deep/lists/04_recommend.ipynb #d001
+def _warn_of_dislikes(rec, ratings):
+    "Warn where all ratings are one low number, by which nothing is liked more than anything else"
+    values = {*ratings.values()} if isinstance(ratings, dict) and rec.model.reads_ratings else ()
+    if len(values) == 1 and min(values) < rec.mean:
+        warnings.warn(f'all ratings are {min(values):g}, so that none of these items is liked more than another: the '
+                      f'list is that of someone who took them. Ratings that differ say more', stacklevel=4)
+
 # %% ../../nbs/collab_deep/lists/04_recommend.ipynb #c015
 def _for_someone_new(rec, ratings, features, k, exclude_seen, allowed):
     "The table for a user with these `ratings`, {item: rating}, or who took these items"
     rated,row = rec.known(rec.item, list(ratings)),fold_in(rec, ratings, features)
+    _warn_of_dislikes(rec, ratings)
     alone = replace(rec, seen=(torch.tensor([0, len(rated)]), rated))  # of one user, index 0
     def score(model, _): return all_scores(model, row[None])
     return _table(rec, *next(top_lists(alone, torch.tensor([0]), k, exclude_seen, allowed, score)))
