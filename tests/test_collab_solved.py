@@ -315,6 +315,7 @@ def test_a_solved_learner_does_what_trained_ones_do(held, name, tmp_path):
         warnings.simplefilter('ignore')
         exported = load_learner(tmp_path/'learner.pkl')
     with pytest.raises(ValueError, match='exported without its training rows'): recommend(exported, 1)
+    with pytest.raises(ValueError, match='exported without'): save_recommender(exported, tmp_path/'empty')
     pd.testing.assert_frame_equal(*(recommend(o, 1, exclude_seen=False) for o in (exported, learn)))
     save_recommender(learn, tmp_path/'saved')
     pd.testing.assert_frame_equal(recommend(load_recommender(tmp_path/'saved'), [1, 2, 7]), recommend(learn, [1, 2, 7]))

@@ -174,7 +174,7 @@ def ranking_task(
 )->RankingTask:
     "The task of a learner, of its own validation part or of other ratings; faults of the arguments come first"
     rec,k = as_recommender(learn),list_length(k)
-    check_seen(rec)
+    check_seen(learn)
     check_threshold_for(rec, threshold)
     pairs,y = held_out(learn, rec, ratings, rated=threshold is not None)
     return RankingTask(rec, pairs, y, k, threshold)

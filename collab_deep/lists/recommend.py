@@ -131,7 +131,7 @@ def recommend(
     if is_new: return _for_someone_new(rec, users, features, k, exclude_seen, allowed)
     if features is not None:
         raise ValueError('features are for someone new: give what they rated or took, which may be nothing, as in {}')
-    if exclude_seen: check_seen(rec)
+    if exclude_seen: check_seen(learn)
     one,ids = _ids_of(rec, users)
     values,cols = _best(rec, _rows_of_users(rec, ids), k, exclude_seen, allowed)
     lists = _table(rec, values, cols)

@@ -219,10 +219,10 @@ def check_scores(
 
 # %% ../../nbs/collab_deep/lists/01_recommender.ipynb #s402
 def check_seen(
-    rec:Recommender, # Of which lists are asked without what users have seen
+    learn, # A learner, or a `Recommender`, of which lists are asked without what users have seen
 ):
     "`ValueError` unless it is known what users have seen"
-    if len(rec.seen[1]) or rec.item_counts.any(): return
+    if isinstance(learn, Recommender) or len(learn.dls.train.dataset): return
     raise ValueError('this learner was exported without its training rows, so that it is not known what users have '
                      'seen: save_recommender(learn, folder) keeps that; here, ask with exclude_seen=False')
 

@@ -166,7 +166,7 @@ def nearest_seen(
 )->pd.DataFrame: # `item`, `similarity` from -1 to 1, `ratings` in training
     "Items that `user` has rated in training whose factors point most the same way as those of `item`"
     rec,k = as_recommender(learn),list_length(k)
-    check_seen(rec)
+    check_seen(learn)
     row = rec.known(rec.item, [item]).item()
     seen = csr_entries(rec.seen, rec.known(rec.user, [user]))[1]
     seen = seen[seen != row]

@@ -19,7 +19,7 @@ from safetensors import torch as safetensors
 
 from .. import __version__
 from ..lists.check import check_recommender
-from ..lists.recommender import Recommender, as_recommender
+from ..lists.recommender import Recommender, as_recommender, check_seen
 from ..models.sharded import whole_model
 from ..models.weights import check_header, empty_model, filled_model, read_header, tensors_of
 from paddy_multi.core.files import locked, write_file
@@ -203,6 +203,7 @@ def save_recommender(
     folder:str|Path, # Where to write; made if needed, and a recommender that is there is replaced
 )->Path: # The folder; TypeError for ids that JSON cannot hold, ValueError for numbers that are not finite
     "Write `recommender.json` and `weights-<checksum>.safetensors`; processes that write to one folder take turns"
+    check_seen(learn)
     rec,folder = as_recommender(learn),Path(folder)
     if rec.model.shards is None: _write(rec, folder)
     else: _write_whole(rec, folder)
