@@ -224,6 +224,13 @@ def main(folder, how='train', *args):
     else: train(folder, *args)
 
 
+def left(pids, limit=5):
+    "Those of the processes that are still there after a moment: a signal is sent, not waited for"
+    until = time.monotonic()+limit
+    while (there := [o for o in pids if Path(f'/proc/{o}').exists()]) and time.monotonic() < until: time.sleep(.01)
+    return there
+
+
 def end(process, limit=40):
     "End a launcher and all that it has started"
     process.terminate()  # at which it ends them

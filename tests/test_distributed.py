@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
+import launched
 import spread
 import spread_calls
 from paddy_multi.core.checks import test_close as close
@@ -282,5 +283,5 @@ def test_a_signal_ends_what_torchrun_has_started(tmp_path, number, to, said):
         for pid in dict(torchrun=[process.pid], all=[process.pid, *pids]).get(to, pids[:1]): os.kill(pid, number)
         process.wait(30)
         assert time.monotonic()-began < 15 and said in out.read_text()
-        assert not any(Path(f'/proc/{pid}').exists() for pid in pids)
+        assert not launched.left(pids)
     finally: process.kill()

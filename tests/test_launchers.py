@@ -204,7 +204,7 @@ def test_what_happens_in_one_process_ends_what_a_launcher_has_started(tmp_path, 
     code, out = ran(tmp_path, LAUNCHES[launcher][0], 'happens', where, what, engine)
     seconds = time.time()-float((tmp_path/'began').read_text())
     assert code and says in out and seconds < 15, (seconds, out)
-    assert not any(Path(f'/proc/{pid}').exists() for pid in (tmp_path/'pids').read_text().split())
+    assert not launched.left((tmp_path/'pids').read_text().split())
 
 
 # --- what is told ---------------------------------------------------------------------------------------------------

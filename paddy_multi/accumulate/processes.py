@@ -24,6 +24,7 @@ import cloudpickle
 import torch
 
 from .batches import is_out_of_memory
+from ..core.groups import end_group
 from ..core.tensors import leave_autocast
 
 # %% ../../nbs/paddy_multi/accumulate/20_processes.ipynb #c006
@@ -91,16 +92,6 @@ def serve_job():
         out.write(json.dumps(_answer(job['call']), default=float))
 
 # %% ../../nbs/paddy_multi/accumulate/20_processes.ipynb #c017
-def end_process(
-    process:subprocess.Popen, # The leader of its group
-):
-    "End `process` and all that it started"
-    try:
-        if hasattr(os, 'killpg'): os.killpg(process.pid, signal.SIGKILL)
-        else: process.kill()
-    except ProcessLookupError: pass
-    process.wait()
-
 def how_it_ended(
     code:int, # Exit status of a process; below 0 it is a signal
 )->str: # A status for the table
@@ -129,7 +120,7 @@ def _fresh_process(out):
                                    stderr=subprocess.DEVNULL, pass_fds=pipes, start_new_session=True,
                                    env={**os.environ, 'PYTHONPATH': path})
         try: yield process
-        finally: end_process(process)
+        finally: end_group(process)
     finally:
         for o in (pipe, held): os.close(o)
 

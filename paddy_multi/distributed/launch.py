@@ -22,6 +22,8 @@ from pathlib import Path
 
 import cloudpickle
 
+from ..core.groups import end_group
+
 # %% ../../nbs/paddy_multi/distributed/00_launch.ipynb #n007
 def answer_job():
     "What each process does: a job from its input, and what came of it into a file"
@@ -83,16 +85,6 @@ def _waited(processes, start, limit):
         time.sleep(.05)
     return seconds
 
-# %% ../../nbs/paddy_multi/distributed/00_launch.ipynb #n015
-def _end(processes):
-    "End a group and all that it has started"
-    if not processes: return
-    try: os.killpg(processes[0].pid, signal.SIGKILL)
-    except ProcessLookupError: pass
-    for o in processes:
-        o.wait()
-        o.stdin.close()
-
 # %% ../../nbs/paddy_multi/distributed/00_launch.ipynb #n016
 def _ended(folder, rank, process, seconds):
     file = folder/f'{rank}.pkl'
@@ -119,5 +111,7 @@ def in_processes(
                 pickle.dump({**job, 'file': f'{folder}/{rank}.pkl'}, processes[-1].stdin)
                 processes[-1].stdin.flush()
             seconds = _waited(processes, start, limit)
-        finally: _end(processes)
+        finally:
+            end_group(*processes)
+            for o in processes: o.stdin.close()
         return [_ended(Path(folder), rank, *o) for rank,o in enumerate(zip(processes, seconds))]
