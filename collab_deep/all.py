@@ -48,6 +48,7 @@ from .train.stopping import *
 from .train.ensemble import *
 from .train.fit import *
 from .train.continued import *
+from .train.fast import *
 from .use.explain import *
 from .use.save import *
 from .use.report import *

@@ -500,15 +500,13 @@ def test_interactions_add_up(ratings):
 
 
 def test_new_rows_that_do_not_fit(ratings):
-    old, _ = silently(fit_model, loaders(ratings), 'dot', 1)
+    old, _ = silently(fit_model, loaders(ratings), 'dot', 1, y_range=STARS)
     for change, exc, text in [
             (lambda o: o.drop(columns='rating'), ValueError, r"new rows lack \['rating'\]"),
             (lambda o: o.assign(user=o.user.astype(str)), TypeError, 'is text, and those in training are a number'),
             (lambda o: o.assign(rating=np.nan), ValueError, 'not finite'),
             (lambda o: o.assign(rating=o.rating*10), ValueError, 'widen it'), (lambda o: o[:0], ValueError, 'empty'),
             (lambda o: 'rows.csv', TypeError, 'expected ratings in a DataFrame')]:
-        old.model.y_range = STARS
-        old.model.settings['y_range'] = STARS
         with pytest.raises(exc, match=text): silently(partial_fit, old, change(ratings[:5]))
     with pytest.raises(TypeError, match='goes on with a learner of collab_deep'): partial_fit(old.model, ratings)
     with pytest.raises(TypeError, match='found Recommender. Start from a Recommender'):

@@ -37,6 +37,7 @@ def test_values_of_a_pair_that_comes_twice():
     rows = common.Rows(np.array([0, 0, 1]), np.array([1, 1, 0]), np.array([2., 4., 5.]), (2, 2))
     assert rows.matrix().toarray().tolist() == [[0, 3], [5, 0]]
     assert rows.matrix('ones').toarray().tolist() == [[0, 1], [1, 0]]
+    assert rows.matrix('above').toarray().tolist() == [[0, 1], [3, 0]]
 
 # --- settings -------------------------------------------------------------------------------------------------------
 def test_a_setting_that_cannot_be_fitted_loses(capsys):
@@ -90,7 +91,7 @@ def test_a_small_run(monkeypatch, tmp_path):
     board = json.loads((tmp_path/'leaderboard.json').read_text())['sets'][0]['boards'][0]
     rows = {o['model']: o for o in board['rows']}
     assert rows.keys() == {'popularity', 'EASE (numpy)', *measure.ours.LISTS}
-    assert rows['EASE (numpy)']['beside'] is None and rows['EASE (numpy)']['tried'] == 10
+    assert rows['EASE (numpy)']['beside'] is None and rows['EASE (numpy)']['tried'] == 18
     assert all(o['beside']['peer'] == 'EASE (numpy)' for name,o in rows.items() if name != 'EASE (numpy)')
     values = [o['ndcg@10'] for o in board['rows']]
     assert values == sorted(values, reverse=True) and values[0] > rows['popularity']['ndcg@10']

@@ -23,9 +23,11 @@ def _misfit(
     scores:Tensor, # Of all items, the unknown one at 0 included, [n_items]
     items:Tensor, # Row numbers of what the newcomer took
     ratings:Tensor, # Ratings of these, or `None`
+    y_scale=None, # Mean and standard deviation of the ratings, where the model works in these
 )->Tensor: # A number
     "How far `scores` are from what the newcomer has rated or taken"
-    if ratings is not None: return ((scores[items] - ratings)**2).sum()
+    unit = 1. if y_scale is None else y_scale[1]
+    if ratings is not None: return (((scores[items] - ratings)/unit)**2).sum()
     return -scores[1:].log_softmax(0)[items-1].sum()
 
 # %% ../../nbs/collab_deep/lists/03_fold_in.ipynb #c010
@@ -45,7 +47,8 @@ def fold_row(
     row,tried = start.clone().requires_grad_(),[]
     opt = torch.optim.LBFGS([row], max_iter=steps, line_search_fn='strong_wolfe')
     def objective():
-        loss = _misfit(model.scores_of(row[None])[0], items, ratings) + decay*((row-start)**2).sum()
+        misfit = _misfit(model.scores_of(row[None])[0], items, ratings, model.y_scale)
+        loss = misfit + decay*((row-start)**2).sum()
         if not loss.isfinite(): raise FloatingPointError
         tried.append((loss.item(), row.detach().clone()))
         [row.grad] = torch.autograd.grad(loss, row)

@@ -39,6 +39,18 @@ def into_range(
     low,high = y_range
     return torch.sigmoid(x)*(high-low) + low
 
+# %% ../../nbs/collab_deep/models/01_base.ipynb #23a75c56
+def checked_scale(
+    y_scale, # Mean and standard deviation of ratings, or `None`
+)->tuple: # Both as numbers, or `None`
+    "`y_scale` as two numbers; `ValueError` unless both lie within 1e15 and the second is above 0"
+    if y_scale is None: return None
+    try: mean,sd = (float(o) for o in y_scale)
+    except (TypeError, ValueError, OverflowError): mean = sd = math.nan
+    if abs(mean) <= largest and 0 < sd <= largest: return mean,sd
+    raise ValueError(f'y_scale is the mean and the standard deviation of the ratings, as in (3.5, 1.1); '
+                     f'found {y_scale!r}. Both lie within {largest:g}')
+
 # %% ../../nbs/collab_deep/models/01_base.ipynb #c014
 def split_pairs(
     x:Tensor, # Pairs of row numbers, [bs, 2]
@@ -113,10 +125,19 @@ class KeptTables(nn.Module):
 # %% ../../nbs/collab_deep/models/01_base.ipynb #c025
 class ScoredUsers(InParts):
     "What recommending asks of a model: scores of every item for some users, and for a user it never met"
+    y_range = y_scale = None # Lowest and highest score; mean and standard deviation of ratings
     user_factors = item_factors = user_bias = item_bias = None
     cold = (),() # ids of users and of items that it can score without any rating, in rows after those of the tables
     solves = False # is it solved for all ratings at once, by `solve(interactions, turn)`, and not trained by batches?
     reads_ratings = False # does it tell liked from disliked in what a newcomer rated, though its scores are no ratings?
+
+    def in_units(self,
+        x:Tensor, # What the parts of a score add up to, of any shape
+    )->Tensor: # Of the same shape
+        "Sums as scores: squeezed into `y_range`, or moved and stretched by `y_scale`"
+        if self.y_scale is None: return into_range(x, self.y_range)
+        mean,sd = self.y_scale
+        return x*sd + mean
 
     def user_rows(self, users):
         raise NotImplementedError(f'{type(self).__name__} should say what it knows of users, [m] to [m, d]')
@@ -150,7 +171,7 @@ class ScoredUsers(InParts):
         user:Tensor, # Row number of one user, long [1]
         item:int, # Row number of an item
     )->dict: # A number for each part, by name, or by row number of an item; `None` if a score is no sum
-        "What is added up to a score, before `y_range`"
+        "What is added up to a score, before `in_units`"
 
 # %% ../../nbs/collab_deep/models/01_base.ipynb #b302
 class BuiltAgain(nn.Module):
@@ -160,7 +181,8 @@ class BuiltAgain(nn.Module):
         args = inspect.signature(type(self)).parameters.values()
         names = [o.name for o in args if o.kind not in (o.VAR_POSITIONAL, o.VAR_KEYWORD)]
         takes_any = any(o.kind == o.VAR_KEYWORD for o in args)
-        if set(names) <= set(self.settings) and (takes_any or set(self.settings) <= set(names)): return
+        needed = set(names) - {'y_scale'}  # which only models without a range have
+        if needed <= set(self.settings) and (takes_any or set(self.settings) <= set(names)): return
         raise TypeError(f'{type(self).__name__} cannot be built again: its __init__ takes {names}, and its settings '
                         f'hold {list(self.settings)}. Hand arguments of your own to super().__init__ by name, '
                         f'or set self.settings after it')
@@ -189,9 +211,14 @@ class CollabModel(TrainedTables, KeptTables, ScoredUsers, BuiltAgain):
         n_users:int, # Users, the unknown one at 0 included
         n_items:int, # Items, the unknown one at 0 included
         y_range=None, # Lowest and highest score
-        **settings, # Further arguments of the subclass, plain values
+        **settings, # Further arguments of the subclass, plain values; of these, `y_scale` is read
     ):
         super().__init__()
         self.n_users,self.n_items,self.y_range = n_users,n_items,checked_range(y_range)
+        self.y_scale = checked_scale(settings.get('y_scale'))
+        if self.y_range is not None and self.y_scale is not None:
+            raise ValueError(f'a score is squeezed into y_range or stretched by y_scale: give one of them, '
+                             f'found {self.y_range} and {self.y_scale}')
+        if self.y_scale is None: settings.pop('y_scale', None)  # subclasses need not take it
         # `type(self)(**settings)` builds it again
         self.settings = dict(n_users=n_users, n_items=n_items, y_range=self.y_range, **settings)

@@ -9,7 +9,7 @@ __all__ = ['DotProduct', 'DotProductBias']
 import torch
 from torch import Tensor
 
-from .base import CollabModel, into_range, split_pairs
+from .base import CollabModel, split_pairs
 from .embedding import Embedding
 
 # %% ../../nbs/collab_deep/models/02_dot.ipynb #c011
@@ -21,18 +21,19 @@ class DotProduct(CollabModel):
         n_factors:int=50, # Numbers learned for each
         y_range=None, # Lowest and highest rating that can be predicted
         std:float=.01, # Standard deviation of the random start
+        y_scale=None, # Mean and standard deviation of the ratings, in place of `y_range`
     ):
-        super().__init__(n_users, n_items, y_range, n_factors=n_factors, std=std)
+        super().__init__(n_users, n_items, y_range, n_factors=n_factors, std=std, y_scale=y_scale)
         self.users,self.items = Embedding(n_users, n_factors, std),Embedding(n_items, n_factors, std)
 
     def forward(self,
         x:Tensor, # Pairs of row numbers, [bs, 2]
     )->Tensor: # [bs]
         users,items = split_pairs(x)
-        return into_range((self.users(users)*self.items(items)).sum(1), self.y_range)
+        return self.in_units((self.users(users)*self.items(items)).sum(1))
 
     def user_rows(self, users): return self.users(users)
-    def scores_of(self, rows): return into_range(rows @ self.items.weight.T, self.y_range)
+    def scores_of(self, rows): return self.in_units(rows @ self.items.weight.T)
     def parts(self, user, item): return dict(match=(self.users.weight[user]*self.items.weight[item]).sum())
 
     @property
@@ -49,8 +50,9 @@ class DotProductBias(DotProduct):
         n_factors:int=50, # Numbers learned for each, beside the bias
         y_range=None, # Lowest and highest rating that can be predicted
         std:float=.01, # Standard deviation of the random start
+        y_scale=None, # Mean and standard deviation of the ratings, in place of `y_range`
     ):
-        super().__init__(n_users, n_items, n_factors, y_range, std)
+        super().__init__(n_users, n_items, n_factors, y_range, std, y_scale)
         self.users_bias,self.items_bias = Embedding(n_users, 1, std),Embedding(n_items, 1, std)
 
     def forward(self,
@@ -58,13 +60,13 @@ class DotProductBias(DotProduct):
     )->Tensor: # [bs]
         users,items = split_pairs(x)
         match = (self.users(users)*self.items(items)).sum(1)
-        return into_range(match + self.users_bias(users)[:,0] + self.items_bias(items)[:,0], self.y_range)
+        return self.in_units(match + self.users_bias(users)[:,0] + self.items_bias(items)[:,0])
 
     def user_rows(self, users): return torch.cat([self.users(users), self.users_bias(users)], 1)
 
     def scores_of(self, rows):
         factors,bias = rows[:,:-1],rows[:,-1:]
-        return into_range(factors @ self.items.weight.T + bias + self.items_bias.weight.T, self.y_range)
+        return self.in_units(factors @ self.items.weight.T + bias + self.items_bias.weight.T)
 
     def parts(self, user, item):
         biases = self.users_bias.weight[user].sum(),self.items_bias.weight[item].sum()

@@ -86,7 +86,7 @@ class Ensemble(_MemberRows, _MemberFactors, CollabModel):
         members:list, # For each member a dict of `kind`, the name of its class, and `settings`; see `Ensemble.of`
     ):
         models = _build_members(members)
-        super().__init__(models[0].n_users, models[0].n_items, models[0].y_range)
+        super().__init__(models[0].n_users, models[0].n_items, models[0].y_range, y_scale=models[0].y_scale)
         self.members = ModuleList(models)
 
     @property

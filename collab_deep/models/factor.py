@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import CollabModel, KeptTables, into_range, split_pairs
+from .base import CollabModel, KeptTables, split_pairs
 from .embedding import Embedding
 from .features import FeatureParts, encode_features
 
@@ -124,12 +124,12 @@ class _FactorScores(_FactorTables):
         users,items = split_pairs(x)
         u = F.embedding(users, self.rows_with_cold('user'))
         v = F.embedding(items, self.rows_with_cold('item'))
-        return into_range((u[:,:-1]*v[:,:-1]).sum(1) + u[:,-1] + v[:,-1] + self.mean, self.y_range)
+        return self.in_units((u[:,:-1]*v[:,:-1]).sum(1) + u[:,-1] + v[:,-1] + self.mean)
 
     def user_rows(self, users): return F.embedding(users, self.rows_with_cold('user'))
 
     def _scores_by(self, rows, v):
-        return into_range(rows[:,:-1] @ v[:,:-1].T + rows[:,-1:] + v[:,-1] + self.mean, self.y_range)
+        return self.in_units(rows[:,:-1] @ v[:,:-1].T + rows[:,-1:] + v[:,-1] + self.mean)
 
     def scores_of(self, rows): return self._scores_by(rows, self.item_table())
 
@@ -151,8 +151,9 @@ class _FactorScores(_FactorTables):
     def item_bias(self): return self.item_table().detach()[:,-1]
 
 # %% ../../nbs/collab_deep/models/05_factor.ipynb #c029
-def _before_range(y, y_range):
-    "What `into_range` turns into `y`"
+def _sum_for(y, y_range, y_scale):
+    "What `in_units` turns into `y`; for an end of the range a little less, since that would be infinite"
+    if y_scale is not None: return (y - y_scale[0])/y_scale[1]
     if y_range is None: return float(y)
     low,high = y_range
     share = min(max((y-low)/(high-low), .01), .99)
@@ -180,17 +181,18 @@ class FactorModel(_FactorScores, CollabModel):
         cold_users=(), # Ids of users with features and without ratings
         cold_items=(), # Ids of items with features and without ratings
         std:float=None, # Standard deviation of the random start; 0.1/sqrt(n_factors) if not given
+        y_scale=None, # Mean and standard deviation of the ratings, in place of `y_range`
     ):
         _check_cold('user', n_user_features, cold_users)
         _check_cold('item', n_item_features, cold_items)
         std = .1/math.sqrt(n_factors) if std is None else std
         super().__init__(n_users, n_items, y_range, n_factors=n_factors, mean=mean, n_seen=n_seen,
                          n_user_features=n_user_features, n_item_features=n_item_features,
-                         cold_users=list(cold_users), cold_items=list(cold_items), std=std)
+                         cold_users=list(cold_users), cold_items=list(cold_items), std=std, y_scale=y_scale)
         self.cold = self.settings['cold_users'],self.settings['cold_items']
         self.users,self.items = Embedding(n_users, n_factors, std),Embedding(n_items, n_factors, std)
         self.users_bias,self.items_bias = Embedding(n_users, 1, 0),Embedding(n_items, 1, 0)
-        self.mean = nn.Parameter(torch.tensor(_before_range(mean, self.y_range)))
+        self.mean = nn.Parameter(torch.tensor(_sum_for(mean, self.y_range, self.y_scale)))
         if n_seen: self.add_lists(n_users, n_items, n_seen, n_factors+1, std)
         if n_user_features:
             self.add_features('user', n_users, n_user_features, len(cold_users), n_factors+1, std)
@@ -237,6 +239,7 @@ def factor_model(
     implicit:bool=True, # Sum over lists of training rows
     user_features:pd.DataFrame=None, # Features of users, ids as the index; those without a rating can be predicted, too
     item_features:pd.DataFrame=None, # Features of items, in the same way
+    y_scale=None, # Mean and standard deviation of the ratings, in place of `y_range`
 )->FactorModel: # Untrained
     "Make a `FactorModel` for the users, items and training rows of `dls`"
     settings,buffers = _features_of(dls, dict(user=user_features, item=item_features))
@@ -245,6 +248,6 @@ def factor_model(
         ptr_back,ids_back = _transposed(ptr, ids, dls.n_items)
         settings |= dict(n_seen=len(ids))
         buffers |= dict(seen_ptr=ptr, seen=ids, seers_ptr=ptr_back, seers=ids_back)
-    model = FactorModel(dls.n_users, dls.n_items, n_factors, y_range, dls.mean, **settings)
+    model = FactorModel(dls.n_users, dls.n_items, n_factors, y_range, dls.mean, y_scale=y_scale, **settings)
     for name,value in buffers.items(): getattr(model, name).copy_(value)
     return model

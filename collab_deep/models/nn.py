@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .base import CollabModel, into_range, split_pairs
+from .base import CollabModel, split_pairs
 from .embedding import Embedding
 from paddy_multi.core.values import is_whole
 
@@ -77,11 +77,12 @@ class EmbeddingNN(CollabModel):
         ps:float=0., # Dropout after each hidden layer: one number, or one for each
         use_bn:bool=True, # Batch norm in hidden layers
         std:float=.01, # Standard deviation of the random start of the tables
+        y_scale=None, # Mean and standard deviation of the ratings, in place of `y_range`
     ):
         widths,layers = table_widths(n_factors, n_users, n_items),list(layers)
         ps = one_for_each(ps, len(layers))
         super().__init__(n_users, n_items, y_range, n_factors=widths, layers=layers,
-                         embed_p=embed_p, ps=ps, use_bn=use_bn, std=std)
+                         embed_p=embed_p, ps=ps, use_bn=use_bn, std=std, y_scale=y_scale)
         self.users,self.items = Embedding(n_users, widths[0], std),Embedding(n_items, widths[1], std)
         self.dropout = nn.Dropout(embed_p)
         sizes,hidden = [sum(widths), *layers],[]
@@ -93,13 +94,13 @@ class EmbeddingNN(CollabModel):
     )->Tensor: # [bs]
         users,items = split_pairs(x)
         rows = torch.cat([self.users(users), self.items(items)], 1)
-        return into_range(self.layers(self.dropout(rows))[:,0], self.y_range)
+        return self.in_units(self.layers(self.dropout(rows))[:,0])
 
     def user_rows(self, users): return self.users(users)
 
     def scores_of(self, rows):
         rows,items = self.dropout(rows),self.dropout(self.items.weight)
-        return into_range(layers_on_all_pairs(self.layers, rows, items), self.y_range)
+        return self.in_units(layers_on_all_pairs(self.layers, rows, items))
 
     @property
     def user_factors(self): return self.users.weight.detach()

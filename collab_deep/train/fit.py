@@ -39,12 +39,18 @@ class WithoutValidation(OwnEvents):
     def before_validate(self): raise CancelValidException
 
 # %% ../../nbs/collab_deep/train/11_fit.ipynb #w101
+def check_epochs(
+    epochs, # What was given as a number of epochs
+):
+    "`ValueError` unless `epochs` is a positive integer"
+    if is_whole(epochs): return
+    raise ValueError(f'epochs is how often to go over all ratings, a positive integer; found {epochs!r}')
+
 def _check_arguments(dls, epochs, given):
     "`TypeError` or `ValueError` for loaders, epochs and arguments that would be refused deep inside"
     if not hasattr(dls, 'ratings_of'):
         raise TypeError(f'expected loaders, as RatingsDataLoaders.from_df(df) gives; found {type(dls).__name__}')
-    if epochs is not None and not is_whole(epochs):
-        raise ValueError(f'epochs is how often to go over all ratings, a positive integer; found {epochs!r}')
+    if epochs is not None: check_epochs(epochs)
     known = {*signature(collab_deep_learner).parameters, *signature(Learner).parameters}
     if unknown := sorted(given.keys() - known):
         raise TypeError(f'{unknown} are no arguments of collab_deep_learner: settings of a model go into '

@@ -161,12 +161,24 @@ def export(self:CollabLearner, *args, **kwargs):
     refuse_shards(self.model, 'learn.export')
     return super(CollabLearner, self).export(*args, **kwargs)
 
+# %% ../../nbs/collab_deep/train/07_learner.ipynb #80f2c6a5
+def scale_of(
+    dls, # `RatingsDataLoaders`
+    loss, # `CollabLoss`
+    y_range, # Lowest and highest rating that can be predicted, or `None`
+): # Mean and standard deviation of the training ratings (1 where they are all equal); `None` where scores have another scale
+    "The scale of a model of ratings that has no range"
+    if loss.ranks or y_range is not None or dls.rating is None: return None
+    y = dls.ratings_of('train')[1].double()
+    return y.mean().item(),y.std(correction=0).item() or 1.
+
 # %% ../../nbs/collab_deep/train/07_learner.ipynb #c013
 def _make_model(dls, loss, model, n_factors, use_nn, emb_szs, layers, y_range, config):
     "The model that the arguments of `collab_deep_learner` ask for"
     if isinstance(model, CollabModel): return model
     if model in solved_names: return solved_model(dls, model, n_factors, **config)
     n_factors = 50 if n_factors is None else n_factors
+    config = dict(y_scale=scale_of(dls, loss, y_range)) | config
     if model == 'factor': return factor_model(dls, n_factors, y_range, **config)
     if model not in (None, 'dot', 'nn'):
         raise TypeError(f"model is one of {['dot', 'nn', 'factor', *solved_names]}, a learner to start from, "
@@ -233,7 +245,7 @@ def collab_deep_learner(
     extra,weighs = loss.callbacks(dls),dls.weights_of('train') is not None
     learn = CollabLearner(
         dls, model, WeighedLoss(loss.loss_func) if weighs else loss.loss_func,
-        opt_func=opt_func or partial(fused_adamw, model),
+        opt_func=opt_func or partial(fused_adamw, model, power=loss.power),
         lr=usual_lr if lr is None else lr, wd=usual_wd if wd is None else wd,
         cbs=L(FillUnknown(), CheckIds(dls.vocab, bool(extra)), CheckFinite(), *[RowWeights()]*weighs, *extra) + L(cbs),
         **kwargs)

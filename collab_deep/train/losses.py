@@ -26,6 +26,7 @@ class CollabLoss:
     name,loss_func = None,None # the function is of (pred, targ, reduction='mean')
     ranks = False # do scores have an order alone, so that they are no ratings?
     lr_wd = 5e-3,.1 # learning rate and weight decay that are right for batches of 64
+    power = 0 # ratings c times as large make it c**power times as large; 0 where that is not known
 
     def __init__(self,
         loss_func=None, # Function of predictions and ratings, where the class has none of its own
@@ -107,7 +108,7 @@ class RankingLoss(CollabLoss):
 # %% ../../nbs/collab_deep/train/02_losses.ipynb #c019
 class SquaredErrorLoss(CollabLoss):
     "The mean squared error of ratings"
-    name,loss_func = 'mse',nn.MSELoss()
+    name,loss_func,power = 'mse',nn.MSELoss(),2
 
 # %% ../../nbs/collab_deep/train/02_losses.ipynb #c027
 def bpr_loss(

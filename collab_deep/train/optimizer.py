@@ -15,10 +15,11 @@ class FusedAdamW(OptimWrapper):
     def __init__(self,
         groups:dict, # Lists of parameters by their share of the decay, as from `CollabModel.decay_groups`
         lr:float=1e-3, # Learning rate
+        eps:float=1e-5, # Gradients that are much smaller move a weight less
     ):
         pairs = [(share, o) for share,params in groups.items() for o in _in_one_kernel(params)]
         self.shares,params = [share for share,_ in pairs],[dict(params=o) for _,o in pairs]
-        super().__init__(params, torch.optim.AdamW, lr=lr, betas=(.9, .99), eps=1e-5, fused=True, convert_groups=False)
+        super().__init__(params, torch.optim.AdamW, lr=lr, betas=(.9, .99), eps=eps, fused=True, convert_groups=False)
         self.set_hyper('wd', .01)
 
     def _set_hyper(self, k, v):
@@ -31,13 +32,21 @@ def _in_one_kernel(params):
     return [whole, parts] if whole and parts else [[*params]]
 
 # %% ../../nbs/collab_deep/train/04_optimizer.ipynb #c010
+def eps_for(
+    model, # A `CollabModel`
+    power:float, # Ratings c times as large make the loss c**power times as large
+)->float: # For AdamW
+    "Gradients that are much smaller than this move a weight less, whatever the unit of the ratings"
+    return 1e-5*(1. if model.y_scale is None else model.y_scale[1]**power)
+
 def fused_adamw(
     model, # A `CollabModel`, whose `decay_groups` hold the shares
     params, # The same parameters, as `Learner` gives them; passed over
     lr:float, # Learning rate
+    power:float=0, # Ratings c times as large make the loss c**power times as large
 )->FusedAdamW:
-    "What `Learner` asks of an optimizer, once `model` is bound to it"
-    return FusedAdamW(model.decay_groups(), lr)
+    "What `Learner` asks of an optimizer, once `model` is bound to it; steps do not depend on the unit of the ratings"
+    return FusedAdamW(model.decay_groups(), lr, eps_for(model, power))
 
 # %% ../../nbs/collab_deep/train/04_optimizer.ipynb #c013
 def lr_wd_for(

@@ -80,6 +80,7 @@ def item_bias(
     rec = as_recommender(learn)
     refuse_shards(rec.model, 'item_bias')
     with scoring(rec.model) as model: bias = model.item_bias
+    if rec.model.y_scale is not None and bias is not None: bias = bias*rec.model.y_scale[1]  # in units of the ratings
     if bias is None:
         raise TypeError(f'{type(rec.model).__name__} has no biases of items; DotProductBias and FactorModel have')
     bias = bias.detach().float().cpu().numpy()
@@ -138,6 +139,14 @@ def _named(rec, parts):
     if not any(isinstance(o, int) for o in parts): return parts
     return {rec.items[row]: parts[row] for row in sorted(parts, key=lambda row: -abs(parts[row]))}
 
+# %% ../../nbs/collab_deep/use/00_explain.ipynb #7159576c
+def _in_units(parts, y_scale):
+    "Parts that add up to the rating; with `y_scale` they were in standard deviations from the mean"
+    if y_scale is None: return parts
+    mean,sd = y_scale
+    parts = {name: part*sd for name,part in parts.items()}
+    return {'mean': mean + parts.pop('mean', 0.)} | parts
+
 # %% ../../nbs/collab_deep/use/00_explain.ipynb #x011
 def explain(
     learn, # A learner, or a `Recommender`, which many threads may read; TypeError if its model is not a sum of parts
@@ -152,7 +161,7 @@ def explain(
     if parts is None:
         raise TypeError(f'the score of {type(rec.model).__name__} is no sum of parts; '
                         'nearest_seen works for every model that has factors')
-    parts = _named(rec, parts)
+    parts = _named(rec, _in_units(parts, rec.model.y_scale))
     total = check_scores(sum(parts.values()))
     parts |= dict(sum=total, score=into_range(total, rec.model.y_range))
     return pd.DataFrame({'value': {name: float(value) for name,value in parts.items()}})

@@ -25,11 +25,12 @@ class Rows:
     def where(self, kept): return Rows(self.users[kept], self.items[kept], self.values[kept], self.shape)
 
     def matrix(self, values='given'):
-        "Sparse [users, items]: the values as they are, the mean where a pair comes twice, or ones"
+        "Sparse [users, items]: values as 'given', the mean where a pair comes twice; 'above' the lowest; or 'ones'"
         count = csr_matrix((np.ones(len(self.users)), (self.users, self.items)), self.shape)
         if values == 'ones': return csr_matrix((np.ones(len(count.data)), count.indices, count.indptr), self.shape)
         total = csr_matrix((self.values, (self.users, self.items)), self.shape)
         total.data = total.data/count.data
+        if values == 'above': total.data -= self.values.min()
         return total
 
 class Task:

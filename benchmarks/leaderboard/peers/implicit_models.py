@@ -29,8 +29,9 @@ def neighbours(rows, kind, k, values):
     return lambda users: (x[users] @ model.similarity).toarray()
 
 models = {
-    'ALS (implicit)': (als, dict(factors=[32, 64], reg=[.01, .1], alpha=[1, 4, 16], values=['ones', 'given'])),
+    'ALS (implicit)': (als, dict(factors=[32, 64], reg=[.01, .1, 1, 10], alpha=[1, 4, 16],
+                                  values=['ones', 'given', 'above'])),
     'BPR (implicit)': (bpr, dict(factors=[32, 64], rate=[.01, .03])),
     'item neighbours (implicit)': (neighbours, dict(kind=['cosine', 'bm25'], k=[20, 100, 500],
-                                                    values=['ones', 'given']))}
+                                                    values=['ones', 'given', 'above']))}
 if __name__ == '__main__': common.main(['implicit'], lists=models)

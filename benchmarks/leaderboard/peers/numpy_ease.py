@@ -14,5 +14,5 @@ def ease(rows, reg, values):
     np.fill_diagonal(weights, 0)
     return lambda users: x[users] @ weights
 
-grid = dict(reg=[30, 100, 300, 1000, 3000], values=['ones', 'given'])
+grid = dict(reg=[30, 100, 300, 1000, 3000, 10_000], values=['ones', 'given', 'above'])
 if __name__ == '__main__': common.main(['numpy'], lists={'EASE (numpy)': (ease, grid)})
