@@ -27,6 +27,8 @@ from .data.duplicates import *
 from .data.files import *
 from .data.dataset import *
 from .data.loaders import *
+from .data.parquet import *
+from .data.out_of_core import *
 from .lists.average import *
 from .lists.recommender import *
 from .lists.top import *

@@ -136,5 +136,14 @@ def check_zeros(
     if n and rating is None:
         raise ValueError(f'{n:,} of {len(df):,} rows have 0 in {names[0]!r} and would count as interactions: '
                          f'{what_to_do}, or drop the column if it says something else')
-    if 2*n > len(df): warnings.warn(f'{n:,} of {len(df):,} values of {rating} are 0: if 0 says that nothing was rated '
-                                    f'or taken, {what_to_do}', stacklevel=3)
+    warn_of_zeros(n, len(df), rating, 4)
+
+def warn_of_zeros(
+    n:int, # Zeros
+    total:int, # Values
+    rating:str, # Column of ratings
+    stacklevel:int=3, # As of `warnings.warn`
+):
+    "A warning where most values are 0"
+    if 2*n > total: warnings.warn(f'{n:,} of {total:,} values of {rating} are 0: if 0 says that nothing was rated or '
+                                  f'taken, leave them out, as with ratings[ratings.{rating} > 0]', stacklevel=stacklevel)

@@ -106,14 +106,24 @@ def show_results(self:RatingsDL, b, out, max_n=9, **kwargs):
 
 # %% ../../nbs/collab_deep/data/08_loaders.ipynb #l009
 def seen_items(
-    x:Tensor, # Row numbers of users and items, long [n, 2]
+    x:Tensor, # Row numbers of users and items, any integer type, [n, 2]
     n_users:int, # Users, the unknown one included
     n_items:int, # Items, the unknown one included
 )->tuple: # (indptr [n_users+1], items): user u has seen items[indptr[u]:indptr[u+1]]
     "Which items each user has seen, once each, in order"
-    pairs = torch.unique(x[:,0]*n_items + x[:,1])
+    pairs = pair_keys(x, n_items)
+    if len(pairs): pairs = pairs[np.r_[True, pairs[1:] != pairs[:-1]]]
+    pairs = torch.from_numpy(pairs)
     counts = torch.bincount(pairs//n_items, minlength=n_users)
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]), pairs % n_items
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]), pairs.remainder_(n_items)
+
+def pair_keys(x, n_items):
+    "A number for each pair of `x`, in order; sorted where it stands, since there may be many"
+    keys = x[:,0].numpy().astype(np.int64)
+    keys *= n_items
+    keys += x[:,1].numpy()
+    keys.sort()
+    return keys
 
 # %% ../../nbs/collab_deep/data/08_loaders.ipynb #c021
 class RatingsDataLoaders(DataLoaders):
@@ -151,12 +161,12 @@ class RatingsDataLoaders(DataLoaders):
     @cached_property
     def seen(self)->tuple: # (indptr [n_users+1], items): user u has seen items[indptr[u]:indptr[u+1]] in training
         "Which items each user has in the training rows, once each, in order"
-        return seen_items(self.ratings_of('train')[0], self.n_users, self.n_items)
+        return seen_items(self.train.dataset.x.cpu(), self.n_users, self.n_items)
 
     @property
-    def user_counts(self): return torch.bincount(self.ratings_of('train')[0][:,0], minlength=self.n_users)
+    def user_counts(self): return torch.bincount(self.train.dataset.x[:,0].cpu(), minlength=self.n_users)
     @property
-    def item_counts(self): return torch.bincount(self.ratings_of('train')[0][:,1], minlength=self.n_items)
+    def item_counts(self): return torch.bincount(self.train.dataset.x[:,1].cpu(), minlength=self.n_items)
 
 # %% ../../nbs/collab_deep/data/08_loaders.ipynb #l012
 @patch

@@ -169,7 +169,7 @@ def scale_of(
 ): # Mean and standard deviation of the training ratings (1 where they are all equal); `None` where scores have another scale
     "The scale of a model of ratings that has no range"
     if loss.ranks or y_range is not None or dls.rating is None: return None
-    y = dls.ratings_of('train')[1].double()
+    y = dls.train.dataset.y.double()
     return y.mean().item(),y.std(correction=0).item() or 1.
 
 # %% ../../nbs/collab_deep/train/07_learner.ipynb #c013

@@ -43,7 +43,8 @@ def weighed(
     weights=None, # Function of ratings, [n] to [n]; `None` leaves the column of weights alone, if there is one
 ): # `RatingsDataLoaders` of the same rows; `dls` itself where all rows count the same
     "Give each training row its weight, with a mean of 1; `ValueError` if all are 0"
-    ratings,column = dls.ratings_of('train')[1],dls.weights_of('train')
+    ratings,column = dls.train.dataset.y.cpu(),dls.weights_of('train')
+    if weights is None and column is None: return dls
     w = torch.ones(len(ratings)) if weights is None else checked_weights(weights(ratings), len(ratings))
     if column is not None: w = w*column
     mean = w.double().mean().item()
