@@ -43,15 +43,15 @@ class Pairs(nn.Module):
     ): # [m]
         return scores_of_pairs(self.model, users, items).float()
 
-# %% ../../nbs/collab_deep/use/04_onnx.ipynb #603eae15
+# %% ../../nbs/collab_deep/use/04_onnx.ipynb #c2d9994c
 def best_left(
-    scores, # [m, n], written over
+    scores, # [m, n]
     left_out, # Row numbers of items of each row that are not listed, long [m, l]
     k:int, # Length of the lists, n at most
 )->tuple: # Scores, highest first, equal ones by item, and row numbers of items, both [m, k]; -inf where fewer are left
     "The best items of each row"
-    nobody = torch.zeros_like(left_out[:,:1]) if left_out.shape[1] else left_out.new_zeros(len(scores), 1)
-    return tuple(scores.float().scatter(1, torch.cat([nobody, left_out], 1), -torch.inf).topk(k))
+    unknown = torch.zeros(scores.shape[0], 1, dtype=torch.long, device=scores.device)
+    return tuple(scores.float().scatter(1, left_out, -torch.inf).scatter(1, unknown, -torch.inf).topk(k))
 
 # %% ../../nbs/collab_deep/use/04_onnx.ipynb #b9766110
 class Lists(nn.Module):
@@ -73,7 +73,7 @@ class Lists(nn.Module):
     ): # Scores and row numbers of items, both [m, k]
         return best_left(list_scores(self.model, users, self.cold), *rectangle(self.starts, users, self.seen), self.k)
 
-# %% ../../nbs/collab_deep/use/04_onnx.ipynb #427cc775
+# %% ../../nbs/collab_deep/use/04_onnx.ipynb #700d81d4
 class Newcomers(nn.Module):
     "The best items for someone new, without what they took"
     def __init__(self,
@@ -84,10 +84,10 @@ class Newcomers(nn.Module):
         self.scores,self.k = scores,k
 
     def forward(self,
-        items, # Row numbers, long [n], one at least, each once
+        taken, # Row numbers of items, long [n], one at least, each once
         ratings=None, # Their ratings, [n]
     ): # Scores and row numbers of items, both [k]
-        scores,best = best_left(self.scores(items, ratings)[None], items[None], self.k)
+        scores,best = best_left(self.scores(taken, ratings)[None], taken[None], self.k)
         return scores[0],best[0]
 
 # %% ../../nbs/collab_deep/use/04_onnx.ipynb #46f4ecb5
@@ -122,23 +122,23 @@ def _lists(rec, model, k):
     check_equal('lists.onnx', onnx_outputs(data, users=users.numpy())[0], expected)
     return data
 
-# %% ../../nbs/collab_deep/use/04_onnx.ipynb #be3a40f3
+# %% ../../nbs/collab_deep/use/04_onnx.ipynb #82e5cc8e
 def _reads_ratings(rec): return rec.model.reads_ratings and rec.rating is not None
 
 def _newcomers(rec, model, k):
     "`None` for a model that searches for a newcomer's row"
     scores = newcomer_scores(model)
     if scores is None: return None
-    items = torch.arange(1, min(4, model.n_items))
-    inputs = dict(items=items, ratings=rec.mean + torch.arange(len(items))) if _reads_ratings(rec) else dict(items=items)
-    if len(items) < 2: inputs = {name: o.repeat(2) for name,o in inputs.items()}
+    items = torch.arange(min(4, model.n_items)).flip(0)[:3]
+    inputs = dict(taken=items)
+    if _reads_ratings(rec): inputs['ratings'] = rec.mean + torch.arange(len(items))
     data = onnx_bytes(Newcomers(scores, k).eval(), inputs, ['scores', 'items'], type(model).__name__)
     row = model.solved_row(*inputs.values())
-    expected = best_left(model.scores_of(row[None]), inputs['items'][None], k)[0]
+    expected = best_left(model.scores_of(row[None]), items[None], k)[0]
     check_equal('newcomers.onnx', onnx_outputs(data, **{name: o.numpy() for name,o in inputs.items()})[0], expected[0])
     return data
 
-# %% ../../nbs/collab_deep/use/04_onnx.ipynb #dfe01efb
+# %% ../../nbs/collab_deep/use/04_onnx.ipynb #2bbe7687
 def _on_cpu(rec):
     "`rec` with numbers of its own, float32 on the CPU"
     return replace(rec, model=sharing(rec.model, copied=True).float().cpu(), seen=tuple(o.cpu() for o in rec.seen))
@@ -148,7 +148,7 @@ def _description(rec, k, files):
     sides = [dict(column=o.name, ids=list(o.all)) for o in rec.sides]
     return dict(format='collab_deep onnx', version=1, written_by=__version__, model=type(rec.model).__name__,
                 user=sides[0], item=sides[1], k=k, rating=rec.rating, ranks=bool(rec.ranks),
-                newcomers=['items', 'ratings'][:1 + _reads_ratings(rec)] if 'newcomers.onnx' in files else None,
+                newcomers=['taken', 'ratings'][:1 + _reads_ratings(rec)] if 'newcomers.onnx' in files else None,
                 files={name: hashlib.sha256(data).hexdigest() for name,data in files.items()})
 
 # %% ../../nbs/collab_deep/use/04_onnx.ipynb #564001c7
