@@ -43,16 +43,17 @@ def _(model:EASE):
         return torch.zeros_like(model.weights[0]).scatter(0, items, liked) @ model.weights
     return scores
 
-# %% ../../nbs/collab_deep/models/18_newcomers.ipynb #8edb24a8
+# %% ../../nbs/collab_deep/models/18_newcomers.ipynb #86899782
 @newcomer_scores.register
 def _(model:iALS):
     liking,unseen,factors = model.liking,model.alpha.item(),model.items.weight.detach().double()
     gram,n = unseen*factors[1:].T @ factors[1:],len(factors) - 1
     def scores(items, ratings=None):
         taken,liked = factors[items],liking.of_one(ratings, items.shape[0]).double()
-        penalty = model.reg*(items.shape[0] + unseen*n)
+        penalty = model.reg*(torch.ones_like(liked).sum() + unseen*n)
+        right = (taken*liked[:,None]).sum(0)  # onnxruntime 1.32 turns taken.T @ liked into another product
         left = gram + (1 - unseen)*taken.T @ taken + penalty*torch.eye(factors.shape[1], dtype=torch.double)
-        return model.scores_of(eliminated(left, taken.T @ liked).float()[None])[0]
+        return model.scores_of(eliminated(left, right).float()[None])[0]
     return scores
 
 # %% ../../nbs/collab_deep/models/18_newcomers.ipynb #6752e4ae
