@@ -1260,6 +1260,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'paddy_multi/core/nested.py')},
             'paddy_multi.core.onnx_files': { 'paddy_multi.core.onnx_files._quietly': ( 'paddy_multi/core/onnx_files.html#_quietly',
                                                                                        'paddy_multi/core/onnx_files.py'),
+                                             'paddy_multi.core.onnx_files.check_any_length': ( 'paddy_multi/core/onnx_files.html#check_any_length',
+                                                                                               'paddy_multi/core/onnx_files.py'),
                                              'paddy_multi.core.onnx_files.check_size': ( 'paddy_multi/core/onnx_files.html#check_size',
                                                                                          'paddy_multi/core/onnx_files.py'),
                                              'paddy_multi.core.onnx_files.onnx_bytes': ( 'paddy_multi/core/onnx_files.html#onnx_bytes',

@@ -44,21 +44,21 @@ def list_scores(
     rows = model.user_rows(users)
     return torch.cat([model.scores_of(rows), model.cold_scores_of(rows)], 1)
 
-# %% ../../nbs/collab_deep/models/17_plain.ipynb #4319690c
+# %% ../../nbs/collab_deep/models/17_plain.ipynb #477e774f
 @list_scores.register
 def _(model:Histories, users, cold):
     items,liked = rectangle(model.starts, model.with_lists(users), model.taken, model.liked)
-    rows = torch.zeros(len(users), model.n_items, dtype=liked.dtype, device=users.device)
+    rows = torch.zeros(users.shape[0], model.n_items, dtype=liked.dtype, device=users.device)
     return rows.scatter_add(1, items, liked) @ model.weights  # what is added at 0 is 0
 
 @list_scores.register
 def _(model:Ensemble, users, cold):
     return model.joined([list_scores(o, users, cold) for o in model.members])
 
-# %% ../../nbs/collab_deep/models/17_plain.ipynb #29b5df6e
+# %% ../../nbs/collab_deep/models/17_plain.ipynb #df6cafee
 @list_scores.register
 def _(model:EmbeddingNN, users, cold):
-    m,n = len(users),model.n_items
+    m,n = users.shape[0],model.n_items
     items = torch.arange(n, device=users.device)
     return model(torch.stack([users[:,None].expand(m, n), items.expand(m, n)], -1).reshape(-1, 2)).reshape(m, n)
 
