@@ -55,3 +55,4 @@ from .use.save import *
 from .use.report import *
 from .use.compare import *
 from .use.onnx import *
+from .use.index import *
