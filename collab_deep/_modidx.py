@@ -948,6 +948,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'collab_deep/models/newcomers.py'),
                                               'collab_deep.models.newcomers.eliminated': ( 'collab_deep/models/newcomers.html#eliminated',
                                                                                            'collab_deep/models/newcomers.py'),
+                                              'collab_deep.models.newcomers.liked_by': ( 'collab_deep/models/newcomers.html#liked_by',
+                                                                                         'collab_deep/models/newcomers.py'),
                                               'collab_deep.models.newcomers.newcomer_scores': ( 'collab_deep/models/newcomers.html#newcomer_scores',
                                                                                                 'collab_deep/models/newcomers.py')},
             'collab_deep.models.nn': { 'collab_deep.models.nn.EmbeddingNN': ( 'collab_deep/models/nn.html#embeddingnn',

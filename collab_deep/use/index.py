@@ -55,10 +55,10 @@ def user_vectors(
     if model.item_bias is not None: res[:,-1] = 1.  # in place of the user's own bias
     return res.contiguous()
 
-# %% ../../nbs/collab_deep/use/06_index.ipynb #433780a7
+# %% ../../nbs/collab_deep/use/06_index.ipynb #4f2d81b6
 def _digest(rec, vectors):
     "Says which ids and which factors an index is of"
-    ids = json.dumps(rec.sides[1].all, ensure_ascii=False).encode()
+    ids = repr(rec.sides[1].all).encode()
     return hashlib.sha256(ids + vectors.tobytes()).hexdigest()
 
 def _check_ef(ef):
