@@ -18,6 +18,8 @@ from .models.weights import *
 from .models.sharded import *
 from .models.by_id import *
 from .models.carried import *
+from .models.plain import *
+from .models.newcomers import *
 from .data.movielens import *
 from .data.columns import *
 from .data.frames import *
@@ -55,3 +57,5 @@ from .use.explain import *
 from .use.save import *
 from .use.report import *
 from .use.compare import *
+from .use.onnx import *
+from .use.index import *
