@@ -32,6 +32,10 @@ def _tensors(rec):
                 item_counts=rec.item_counts.long(), user_counts=rec.user_counts.long())
     return state | {f'data.{name}': o.cpu().contiguous() for name,o in data.items()}
 
+def _metadata(rec):
+    "Text beside the numbers, which readers from before it was there pass over"
+    return None if rec.scale is None else dict(scale=json.dumps([float(o) for o in rec.scale]))
+
 # %% ../../nbs/collab_deep/use/01_save.ipynb #cbb7fd87
 def check_ids(
     rec:Recommender, # Trained or not
@@ -157,6 +161,17 @@ def _wanted(model, n_seen):
     return {f'model.{name}': o for name,o in tensors_of(model).items()} | {
         f'data.{name}': ((kind,), (n,)) for name,(kind,n) in data.items()}
 
+def _scale_in(numbers):
+    "The lowest and highest rating that a file of numbers says beside them, `None` if it says none"
+    header = json.loads(numbers[8:8+int.from_bytes(numbers[:8], 'little')])
+    text = (header.get('__metadata__') or {}).get('scale')
+    if text is None: return None
+    try: lowest,highest = map(_finite, json.loads(text, parse_constant=_finite))
+    except (TypeError, ValueError, RecursionError) as e:
+        raise ValueError(f'the weights are damaged: a scale is two numbers, found {text!r:.60} ({e!s:.60})') from None
+    if lowest <= highest: return lowest,highest
+    raise ValueError(f'the weights are damaged: a scale goes up, found {text!r:.60}')
+
 def _recommender(said, numbers, models=()):
     "The `Recommender` that `said` describes, with the `numbers` of a file"
     found = read_header(numbers)
@@ -172,7 +187,7 @@ def _recommender(said, numbers, models=()):
                   for start in ('model.', 'data.'))
     rec = Recommender(filled_model(model, state), {o['column']: o['ids'] for o in sides}, said['rating'],
                       (data['seen_starts'], data['seen_items'].long()), data['item_counts'], data['user_counts'],
-                      said['mean'], said['ranks'])
+                      said['mean'], said['ranks'], _scale_in(numbers))
     check_recommender(rec)
     return rec
 
@@ -213,7 +228,7 @@ def _write(rec, folder):
     rec.model.check_settings()
     description = _description(rec)
     check_recommender(rec)
-    numbers = safetensors.save(_tensors(rec))
+    numbers = safetensors.save(_tensors(rec), _metadata(rec))
     checksum = hashlib.sha256(numbers).hexdigest()
     text = json.dumps(_signed(description | dict(weights=checksum)), ensure_ascii=False, allow_nan=False)
     _recommender(json.loads(text), numbers, [type(rec.model)])  # what is refused when it is read is not written
