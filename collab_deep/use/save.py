@@ -21,7 +21,7 @@ from .. import __version__
 from ..lists.check import check_recommender
 from ..lists.recommender import Recommender, as_recommender, check_seen
 from ..models.sharded import whole_model
-from ..models.weights import check_header, empty_model, filled_model, read_header, tensors_of
+from ..models.weights import check_header, empty_model, filled_model, read_header, scale_in, tensors_of
 from paddy_multi.core.files import locked, write_file
 
 # %% ../../nbs/collab_deep/use/01_save.ipynb #s003
@@ -161,17 +161,6 @@ def _wanted(model, n_seen):
     return {f'model.{name}': o for name,o in tensors_of(model).items()} | {
         f'data.{name}': ((kind,), (n,)) for name,(kind,n) in data.items()}
 
-def _scale_in(numbers):
-    "The lowest and highest rating that a file of numbers says beside them, `None` if it says none"
-    header = json.loads(numbers[8:8+int.from_bytes(numbers[:8], 'little')])
-    text = (header.get('__metadata__') or {}).get('scale')
-    if text is None: return None
-    try: lowest,highest = map(_finite, json.loads(text, parse_constant=_finite))
-    except (TypeError, ValueError, RecursionError) as e:
-        raise ValueError(f'the weights are damaged: a scale is two numbers, found {text!r:.60} ({e!s:.60})') from None
-    if lowest <= highest: return lowest,highest
-    raise ValueError(f'the weights are damaged: a scale goes up, found {text!r:.60}')
-
 def _recommender(said, numbers, models=()):
     "The `Recommender` that `said` describes, with the `numbers` of a file"
     found = read_header(numbers)
@@ -187,7 +176,7 @@ def _recommender(said, numbers, models=()):
                   for start in ('model.', 'data.'))
     rec = Recommender(filled_model(model, state), {o['column']: o['ids'] for o in sides}, said['rating'],
                       (data['seen_starts'], data['seen_items'].long()), data['item_counts'], data['user_counts'],
-                      said['mean'], said['ranks'], _scale_in(numbers))
+                      said['mean'], said['ranks'], scale_in(numbers))
     check_recommender(rec)
     return rec
 
