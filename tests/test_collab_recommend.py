@@ -2,6 +2,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,7 @@ from collab_deep.models.dot import DotProduct, DotProductBias
 from collab_deep.lists.recommend import predict_pairs, recommend
 from collab_deep.lists.recommender import as_recommender, scoring
 from collab_deep.lists.top import top_k
+from collab_deep.use.save import load_recommender, save_recommender
 from small_recommender import MODELS, recommender
 
 def pairs_of(n_users, n_items): return st.sets(st.tuples(st.integers(1, n_users), st.integers(1, n_items)))
@@ -258,3 +260,17 @@ def test_without_fastai():
             "print([o for o in ('fastai', 'matplotlib', 'sklearn') if o in sys.modules])")
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
     assert done.stdout == '[]\n', done.stderr
+
+
+@pytest.mark.parametrize('rating', [0, 5.5, -1, 80])
+def test_a_newcomers_rating_off_the_scale_of_training(rating, tmp_path):
+    "Stars of five are not points of a hundred, for what is trained and for what is loaded"
+    rec = replace(recommender([(1, 1), (2, 2)], ['a', 'b'], ['x', 'y', 'z']), scale=(1., 5.))
+    loaded = load_recommender(save_recommender(rec, tmp_path))
+    assert loaded.scale == (1, 5)
+    for o in (rec, loaded):
+        with pytest.raises(ValueError, match=rf'from 1 to 5, found {rating} for .x.: is it on another scale'):
+            fold_in(o, dict(x=rating))
+        assert fold_in(o, dict(x=5)).isfinite().all()
+    before = load_recommender(save_recommender(replace(rec, scale=None), tmp_path))
+    assert before.scale is None and fold_in(before, dict(x=rating)).isfinite().all()

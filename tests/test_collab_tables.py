@@ -19,6 +19,7 @@ from collab_deep.data.files import read_ratings
 from collab_deep.data.loaders import RatingsDataLoaders, RatingsDL
 from collab_deep.data.movielens import movielens_100k, movielens_path
 from collab_deep.data.splits import LeaveLastSplitter, TimeSplitter
+from collab_deep.train.learner import collab_deep_learner
 from paddy_multi.distributed.shares import ShareDL
 
 
@@ -477,3 +478,24 @@ def test_no_copy_is_left_behind(tmp_path, monkeypatch):
     (tmp_path/'ratings.dat').write_text('1::2::3::978300760\n1::3\n')
     with pytest.raises(ValueError): read_ratings(tmp_path/'ratings.dat')
     assert list((tmp_path/'tmp').iterdir()) == []
+
+
+# --- what is no rating ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('times', [[874965758, 876893171, 878542960], [874965758000, 876893171000, 878542960001],
+                                   pd.to_datetime(['1997-09-22', '1997-10-15', '1997-11-03'])])
+def test_times_are_no_ratings(times):
+    df = pd.DataFrame(dict(user=[1, 1, 2], item=[5, 6, 5], when=times))
+    with pytest.raises((TypeError, ValueError), match='times.*name the column of ratings with rating_name='):
+        loaders(df, rating_name='when')
+
+
+def test_a_heavy_tail_is_said_of_a_squared_error_alone():
+    df = pd.DataFrame(dict(user=[1, 1, 2, 2, 3], item=[5, 6, 5, 6, 6], rating=[1., 2, 3, 2, 5000]))
+    def warned(**kwargs):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter('always')
+            collab_deep_learner(loaders(df), 2, **kwargs)
+        return [str(o.message) for o in found if 'few rows make up a squared error' in str(o.message)]
+    [text] = warned(loss='mse')
+    assert text.startswith('rating has a median of 2 and goes up to 5000') and "weight_name='rating'" in text
+    assert warned(loss='softmax') == warned(model='ials') == []

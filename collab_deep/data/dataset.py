@@ -6,6 +6,7 @@
 __all__ = ['RatingsDataset']
 
 # %% ../../nbs/collab_deep/data/07_dataset.ipynb #d003
+import warnings
 import zlib
 
 import pandas as pd
@@ -69,6 +70,20 @@ def digest(self:RatingsDataset)->int:
     parts = [o.cpu().contiguous().numpy() for o in (self.x, self.y, self.w) if o is not None]
     for o in parts: text += zlib.crc32(o).to_bytes(4)
     return zlib.crc32(text)
+
+# %% ../../nbs/collab_deep/data/07_dataset.ipynb #4a74152b
+_heavy = 300 # times the usual size
+
+def warn_of_tail(
+    ds:RatingsDataset, # That a squared error is to be learned from
+):
+    "Warn where the largest rating is over 300 times the median of those that are not 0, by size"
+    sizes = ds.y[ds.y != 0].abs()
+    if not len(sizes) or (largest := sizes.max()) <= _heavy*(usual := sizes.median()): return
+    name = ds.vocab.rating
+    warnings.warn(f'{name} has a median of {usual:g} and goes up to {largest:g}, so that few rows make up a squared '
+                  f'error: take logarithms, as with ratings.assign({name}=np.log1p(ratings.{name})), or let counts '
+                  f'weigh interactions, with implicit=True, weight_name={name!r}', stacklevel=4)
 
 # %% ../../nbs/collab_deep/data/07_dataset.ipynb #l0102
 def datasets_of(

@@ -93,15 +93,35 @@ def check_spread(
     raise ValueError(f'values of {name} from {low:.15g} to {high:.15g} have a spread of {spread:.3g}, and rounding to '
                      f'float32 drowns what is below {least:.3g}: subtract a constant')
 
+# %% ../../nbs/collab_deep/data/04_table.ipynb #e7c0bf92
+def _what_to_name(name):
+    "What to do about times in the column of ratings"
+    return f'name the column of ratings with rating_name=, which is {name!r} now, or say implicit=True without ratings'
+
+def _check_no_dates(ratings):
+    "`TypeError` for dates and lengths of time"
+    if not pd.api.types.is_datetime64_any_dtype(ratings) and ratings.dtype.kind != 'm': return
+    raise TypeError(f'{ratings.name} should hold numbers, found times, as {ratings.iloc[0]}: '
+                    + _what_to_name(ratings.name))
+
+def _check_no_times(name, values):
+    "`ValueError` for finite `values` that are seconds, or parts of them, since 1970"
+    if not (values.min() > 1e8 and (values % 1 == 0).all()): return
+    raise ValueError(f'{name} holds whole numbers from {values.min():.15g} to {values.max():.15g}, which look like '
+                     f'times: {_what_to_name(name)}; counts that large are to be scaled, as by their logarithm')
+
 # %% ../../nbs/collab_deep/data/04_table.ipynb #t045s
 def _check_numbers(ratings, spread=True):
     "`TypeError` for ratings that are no numbers, `ValueError` for missing, infinite and hardly different ones"
+    _check_no_dates(ratings)
     values = values_of(ratings)
     _check_size(ratings, values)
     _check_no_text(ratings)
     bad = ~np.isfinite(values)
-    if not bad.any() and spread: check_spread(ratings.name, values.min(), values.max(), values.std())
-    if not bad.any(): return
+    if not bad.any():
+        _check_no_times(ratings.name, values)
+        if spread: check_spread(ratings.name, values.min(), values.max(), values.std())
+        return
     first = bad.argmax()
     raise ValueError(f'{bad.sum()} values of {ratings.name} are not finite, the first is {ratings.iloc[first]} '
                      f'in row {first}: leave them out, as with ratings[np.isfinite(ratings.{ratings.name})]')

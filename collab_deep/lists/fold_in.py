@@ -58,13 +58,24 @@ def fold_row(
     if tried: return min(tried, key=lambda o: o[0])[1]
     raise ValueError('no finite row fits these ratings: are they on the scale of training, is the model finite?')
 
+# %% ../../nbs/collab_deep/lists/03_fold_in.ipynb #cf4202b0
+def _check_on_scale(item, rating, scale):
+    "`ValueError` for a rating that is lower or higher than all of training"
+    if scale is None: return
+    lowest,highest = scale
+    rounding = 1e-6*max(abs(lowest), abs(highest))
+    if lowest - rounding <= rating <= highest + rounding: return
+    raise ValueError(f'ratings of training go from {lowest:g} to {highest:g}, found {rating!r} for {item!r}: '
+                     'is it on another scale? Then convert it; what was taken without a rating goes into a list')
+
 # %% ../../nbs/collab_deep/lists/03_fold_in.ipynb #c014
-def _stars(ratings):
-    "Ratings of a dict, float [n]; `None` for items that were taken; ValueError unless all lie within 1e15"
+def _stars(ratings, scale=None):
+    "Ratings of a dict, float [n]; `None` for items that were taken; ValueError for one that is off the `scale`"
     if not isinstance(ratings, dict): return None
     for item,o in ratings.items():
-        if isinstance(o, Real) and abs(o) <= largest: continue
-        raise ValueError(f'ratings are finite numbers within {largest:g}, found {o!r} for {item!r}')
+        if not isinstance(o, Real) or not abs(o) <= largest:
+            raise ValueError(f'ratings are finite numbers within {largest:g}, found {o!r} for {item!r}')
+        _check_on_scale(item, o, scale)
     return torch.tensor([float(o) for o in ratings.values()])
 
 # %% ../../nbs/collab_deep/lists/03_fold_in.ipynb #f141
@@ -126,7 +137,7 @@ def _solved_row(model, rows, stars, decay):
 # %% ../../nbs/collab_deep/lists/03_fold_in.ipynb #c020
 def fold_in(
     learn, # A learner, or a `Recommender`; many threads may read it
-    ratings, # Finite ratings by item, as a dict, for models that read them; or a list of items that were taken
+    ratings, # Ratings by item on the scale of training, as a dict, for models that read them; or a list of items that were taken
     features:Tensor=None, # Numbers for the newcomer's features, for models that read these, as `encode_features` gives
     decay:float=None, # Penalty for leaving the average user; 10 if not given
 )->Tensor: # Row for `model.scores_of`, [d]; KeyError for an item that training did not see
@@ -138,7 +149,7 @@ def fold_in(
     if items and rec.ranks and isinstance(ratings, dict) and not rec.model.reads_ratings:
         raise ValueError(f'the model was trained for the order of lists and has no ratings to compare with: '
                          f'give the items that were taken alone, as in {set(items[:2])!r}; found {ratings}')
-    rows,stars = _rows_of_items(rec, items).to(rec.device),_stars(ratings)
+    rows,stars = _rows_of_items(rec, items).to(rec.device),_stars(ratings, rec.scale)
     if stars is not None: stars = stars.to(rec.device)
     with rec.model.scoring() as model:
         if not items: return model.new_user(features=features)

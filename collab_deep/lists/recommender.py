@@ -48,6 +48,7 @@ class Recommender:
     user_counts:Tensor # Training ratings of each user
     mean:float # Of the training ratings
     ranks:bool=False # Trained for the order of lists? Then scores are no ratings
+    scale:tuple|None=None # Lowest and highest training rating; None if there were none, or it is not known
 
     @cached_property
     def sides(self): # Ids and rows of users, and of items
@@ -149,15 +150,17 @@ def _from_collab_loaders(dls):
     users,items = torch.tensor(data.items[[user, item]].to_numpy('int64')).T
     seen = csr_from_keys(torch.unique(users*n_items + items), n_users, n_items)
     counts = dict(item_counts=items.bincount(minlength=n_items), user_counts=users.bincount(minlength=n_users))
-    mean = float(data.ys.to_numpy('float64').mean())
-    return dict(classes=classes, rating=data.y_names[0], seen=seen, mean=mean, **counts)
+    y = data.ys.to_numpy('float64')
+    of_ratings = dict(rating=data.y_names[0], mean=float(y.mean()), scale=(float(y.min()), float(y.max())))
+    return dict(classes=classes, seen=seen, **of_ratings, **counts)
 
 # %% ../../nbs/collab_deep/lists/01_recommender.ipynb #i202
 def _from_loaders(dls):
     "The fields of a `Recommender` that loaders hold"
     if not hasattr(dls, 'seen'): return _from_collab_loaders(dls)
     fields = {name: getattr(dls, name) for name in ('rating', 'seen', 'item_counts', 'user_counts', 'mean')}
-    return fields | dict(classes={name: list(dls.classes[name]) for name in (dls.user, dls.item)})
+    scale = None if dls.rating is None else (dls.y_min, dls.y_max)
+    return fields | dict(scale=scale, classes={name: list(dls.classes[name]) for name in (dls.user, dls.item)})
 
 def _held_by(dls):
     "Objects that are others where `dls` hold other ratings, and numbers that are others where tensors were written to"

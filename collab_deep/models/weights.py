@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/collab_deep/models/12_weights.ipynb #n003
 import json
+import math
 
 import torch
 from torch import nn
@@ -26,6 +27,19 @@ def read_header(
         return {name: (str(o['dtype']), tuple(int(n) for n in o['shape'])) for name,o in said.items()}
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as e:
         raise ValueError(f'the weights are damaged: their header is not one of safetensors ({e!s:.60})') from None
+
+# %% ../../nbs/collab_deep/models/12_weights.ipynb #674ede12
+def scale_in(
+    numbers:bytes, # A file of safetensors
+)->tuple|None: # ValueError for a text that is no scale
+    "The lowest and highest rating that a file of numbers says beside them, `None` if it says none"
+    said = json.loads(numbers[8:8+int.from_bytes(numbers[:8], 'little')])
+    text = (said.get('__metadata__') or {}).get('scale')
+    if text is None: return None
+    try: lowest,highest = map(float, json.loads(text))
+    except (TypeError, ValueError, OverflowError, RecursionError): lowest,highest = 1,0
+    if -math.inf < lowest <= highest < math.inf: return lowest,highest
+    raise ValueError(f'the weights are damaged: a scale is two finite numbers that go up, found {text!r:.60}')
 
 # %% ../../nbs/collab_deep/models/12_weights.ipynb #n011
 def _lengths(o):

@@ -6,6 +6,8 @@
 __all__ = ['partial_fit']
 
 # %% ../../nbs/collab_deep/train/12_continued.ipynb #n003
+import warnings
+
 import pandas as pd
 import torch
 from fastai.torch_core import set_seed
@@ -14,7 +16,7 @@ from ..data.dataset import RatingsDataset
 from ..data.duplicates import merge_pairs
 from ..data.frames import frame_of, with_text_ids
 from ..data.loaders import RatingsDL
-from ..data.table import check_ratings, check_weights
+from ..data.table import check_ratings, check_weights, values_of
 from ..models.base import CollabModel
 from ..models.blend import Blend
 from ..models.by_id import KnownRows
@@ -56,6 +58,17 @@ def _check_weighs(dls, weight_name):
                      else f'training rows have no weights, so weight_name={weight_name!r} would make old and new count '
                           f'by different measures: leave it out, or make loaders of all rows')
 
+# %% ../../nbs/collab_deep/train/12_continued.ipynb #d467c6ae
+def _warn_of_scale(dls, df):
+    "Warn of new ratings that are lower or higher than all of training"
+    if dls.rating is None: return
+    values = values_of(df[dls.rating])
+    off = (values < dls.y_min) | (values > dls.y_max)
+    if not off.any(): return
+    warnings.warn(f'{off.sum():,} of {len(df):,} new ratings are off the {dls.y_min:g} to {dls.y_max:g} of training, '
+                  f'the first is {values[off.argmax()]:g} in row {off.argmax()}: if they are on another scale, convert '
+                  f'them; if this one has grown, train anew on all rows', stacklevel=5)
+
 # %% ../../nbs/collab_deep/train/12_continued.ipynb #n018
 def checked_rows(
     dls, # `RatingsDataLoaders` of the learner
@@ -71,6 +84,7 @@ def checked_rows(
     if missing: raise ValueError(f'new rows lack {missing}, which training had; found {list(df.columns)}')
     df = with_text_ids(df, list(names[:2]))
     check_ratings(df, *names)
+    _warn_of_scale(dls, df)
     if weight_name is not None: check_weights(df, weight_name)
     df = merge_pairs(df, *names, duplicates, weight_name)
     return df,dls.train.dataset.vocab.encode(df[dls.user], df[dls.item])

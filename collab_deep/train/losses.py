@@ -16,6 +16,7 @@ from fastai.callback.core import Callback
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from ..data.dataset import warn_of_tail
 from .negatives import NegativeSampler
 from .row_weights import above_lowest, weighed
 
@@ -83,6 +84,7 @@ def check(self:CollabLoss,
     if y_range is not None and not y_range[0] <= dls.y_min <= dls.y_max <= y_range[1]:
         raise ValueError(f'ratings go from {dls.y_min:g} to {dls.y_max:g}, and y_range {tuple(y_range)!r} '
                          f'leaves some of them out: widen it')
+    if self.name == 'mse': warn_of_tail(dls.train.dataset)
 
 # %% ../../nbs/collab_deep/train/02_losses.ipynb #c016
 class RankingLoss(CollabLoss):

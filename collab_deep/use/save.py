@@ -21,7 +21,7 @@ from .. import __version__
 from ..lists.check import check_recommender
 from ..lists.recommender import Recommender, as_recommender, check_seen
 from ..models.sharded import whole_model
-from ..models.weights import check_header, empty_model, filled_model, read_header, tensors_of
+from ..models.weights import check_header, empty_model, filled_model, read_header, scale_in, tensors_of
 from paddy_multi.core.files import locked, write_file
 
 # %% ../../nbs/collab_deep/use/01_save.ipynb #s003
@@ -31,6 +31,10 @@ def _tensors(rec):
     data = dict(seen_starts=rec.seen[0].long(), seen_items=rec.seen[1].int(),
                 item_counts=rec.item_counts.long(), user_counts=rec.user_counts.long())
     return state | {f'data.{name}': o.cpu().contiguous() for name,o in data.items()}
+
+def _metadata(rec):
+    "Text beside the numbers, which readers from before it was there pass over"
+    return None if rec.scale is None else dict(scale=json.dumps([float(o) for o in rec.scale]))
 
 # %% ../../nbs/collab_deep/use/01_save.ipynb #cbb7fd87
 def check_ids(
@@ -172,7 +176,7 @@ def _recommender(said, numbers, models=()):
                   for start in ('model.', 'data.'))
     rec = Recommender(filled_model(model, state), {o['column']: o['ids'] for o in sides}, said['rating'],
                       (data['seen_starts'], data['seen_items'].long()), data['item_counts'], data['user_counts'],
-                      said['mean'], said['ranks'])
+                      said['mean'], said['ranks'], scale_in(numbers))
     check_recommender(rec)
     return rec
 
@@ -213,7 +217,7 @@ def _write(rec, folder):
     rec.model.check_settings()
     description = _description(rec)
     check_recommender(rec)
-    numbers = safetensors.save(_tensors(rec))
+    numbers = safetensors.save(_tensors(rec), _metadata(rec))
     checksum = hashlib.sha256(numbers).hexdigest()
     text = json.dumps(_signed(description | dict(weights=checksum)), ensure_ascii=False, allow_nan=False)
     _recommender(json.loads(text), numbers, [type(rec.model)])  # what is refused when it is read is not written
