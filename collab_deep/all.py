@@ -27,6 +27,7 @@ from .data.splits import *
 from .data.table import *
 from .data.duplicates import *
 from .data.files import *
+from .data.vocab import *
 from .data.dataset import *
 from .data.loaders import *
 from .data.parquet import *

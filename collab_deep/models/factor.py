@@ -122,8 +122,7 @@ class _FactorScores(_FactorTables):
         x:Tensor, # Pairs of row numbers, [bs, 2]
     )->Tensor: # [bs]
         users,items = split_pairs(x)
-        u = F.embedding(users, self.rows_with_cold('user'))
-        v = F.embedding(items, self.rows_with_cold('item'))
+        u,v = F.embedding(users, self.rows_with_cold('user')),F.embedding(items, self.rows_with_cold('item'))
         return self.in_units((u[:,:-1]*v[:,:-1]).sum(1) + u[:,-1] + v[:,-1] + self.mean)
 
     def user_rows(self, users): return F.embedding(users, self.rows_with_cold('user'))
@@ -194,17 +193,15 @@ class FactorModel(_FactorScores, CollabModel):
         self.users_bias,self.items_bias = Embedding(n_users, 1, 0),Embedding(n_items, 1, 0)
         self.mean = nn.Parameter(torch.tensor(_sum_for(mean, self.y_range, self.y_scale)))
         if n_seen: self.add_lists(n_users, n_items, n_seen, n_factors+1, std)
-        if n_user_features:
-            self.add_features('user', n_users, n_user_features, len(cold_users), n_factors+1, std)
-        if n_item_features:
-            self.add_features('item', n_items, n_item_features, len(cold_items), n_factors+1, std)
+        sides = ('user', n_users, n_user_features, cold_users),('item', n_items, n_item_features, cold_items)
+        for side,n,n_features,cold in sides:
+            if n_features: self.add_features(side, n, n_features, len(cold), n_factors+1, std)
 
     def new_user(self, items=None, features=None):
         "The average user, with the sum over `items` and the features given in place of the average ones"
         if items is None and features is None: return super().new_user()
         row = self.own_rows('user')[1:].mean(0)
-        if self.has_lists and items is not None:
-            row = row + self.items_of.weight[items].sum(0)/max(1, len(items))**.5
+        if self.has_lists and items is not None: row = row + self.items_of.weight[items].sum(0)/max(1, len(items))**.5
         if 'user' not in self.featured: return row
         return row + (self.user_features[0] if features is None else features) @ self.user_weight
 

@@ -141,6 +141,17 @@ def solved_model(
     both = _ease(dls, **of('reg', 'strength')),_ials(dls, **factors, **of('unseen', 'strength'))
     return Blend.of(both, shares=config.get('shares'))
 
+# %% ../../nbs/collab_deep/train/06_choose.ipynb #80f2c6a5
+def scale_of(
+    dls, # `RatingsDataLoaders`
+    loss, # `CollabLoss`
+    y_range, # Lowest and highest rating that can be predicted, or `None`
+): # Mean and standard deviation of the training ratings (1 if all are equal); `None` where scores have another scale
+    "The scale of a model of ratings that has no range"
+    if loss.ranks or y_range is not None or dls.rating is None: return None
+    y = dls.train.dataset.y.double()
+    return y.mean().item(),y.std(correction=0).item() or 1.
+
 # %% ../../nbs/collab_deep/train/06_choose.ipynb #n024
 def said_of(
     dls, # `RatingsDataLoaders`

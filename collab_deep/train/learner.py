@@ -23,7 +23,7 @@ from ..models.dot import DotProductBias
 from ..models.factor import FactorModel, factor_model
 from ..models.nn import EmbeddingNN
 from ..models.sharded import refuse_shards
-from .choose import default_loss, said_of, solved_model, solved_names
+from .choose import default_loss, said_of, scale_of, solved_model, solved_names
 from .losses import CollabLoss, as_loss
 from .optimizer import fused_adamw, lr_wd_for
 from .row_weights import RowWeights, WeighedLoss
@@ -160,17 +160,6 @@ def export(self:CollabLearner, *args, **kwargs):
     "As in fastai; `ValueError` where tables are in parts"
     refuse_shards(self.model, 'learn.export')
     return super(CollabLearner, self).export(*args, **kwargs)
-
-# %% ../../nbs/collab_deep/train/07_learner.ipynb #80f2c6a5
-def scale_of(
-    dls, # `RatingsDataLoaders`
-    loss, # `CollabLoss`
-    y_range, # Lowest and highest rating that can be predicted, or `None`
-): # Mean and standard deviation of the training ratings (1 where they are all equal); `None` where scores have another scale
-    "The scale of a model of ratings that has no range"
-    if loss.ranks or y_range is not None or dls.rating is None: return None
-    y = dls.train.dataset.y.double()
-    return y.mean().item(),y.std(correction=0).item() or 1.
 
 # %% ../../nbs/collab_deep/train/07_learner.ipynb #c013
 def _make_model(dls, loss, model, n_factors, use_nn, emb_szs, layers, y_range, config):
