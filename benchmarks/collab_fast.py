@@ -75,7 +75,8 @@ def main(argv=None):
                  seconds=[digits(o[0], 3) for o in runs],
                  times_faster=[digits(first[0]/o[0], 3) for first,o in zip(found['fastai'], runs)])
             for name,runs in found.items()]
-    save_table(dict(name='collab_fast', title='Quality of five epochs', about=began, goal=dict(times_faster=80), rows=rows,
+    save_table(dict(name='collab_fast', title='Quality of five epochs', about=began, goal=dict(times_faster=80),
+                    rows=rows,
                     question='How fast is the quality of five epochs reached?'), args.out)
     for o in rows: print(o['name'], 'MSE', o['mse'], 'seconds', o['seconds'], 'times faster', o['times_faster'])
 

@@ -20,7 +20,8 @@ from collab_deep.data.movielens import movielens_100k
 from collab_deep.models.ensemble import Ensemble
 
 FOLDS,SEEDS = range(1, 6),range(5)
-PUBLISHED = [dict(name='GHRS (Darban and Valipour 2022)', rmse=.887), dict(name='GLocal-K (Han et al. 2021)', rmse=.889)]
+PUBLISHED = [dict(name='GHRS (Darban and Valipour 2022)', rmse=.887),
+             dict(name='GLocal-K (Han et al. 2021)', rmse=.889)]
 
 def fold(ratings, folder, n):
     "Rows of training and of test in fold `n`"

@@ -86,7 +86,8 @@ def measured(name, rec, threads=2, n_users=200):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('--quick', action='store_true', help='a small table, to see that it runs; writes to build/benchmarks')
+    p.add_argument('--quick', action='store_true',
+                   help='a small table, to see that it runs; writes to build/benchmarks')
     p.add_argument('--items', type=int, default=200_000, help='items of the synthetic table')
     p.add_argument('--out', type=Path, help='folder for the JSON')
     args = p.parse_args()

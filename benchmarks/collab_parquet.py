@@ -1,9 +1,9 @@
 """What it takes to load ratings from Parquet and to train an epoch, each size in a process of its own.
 
-The ratings are synthetic: users and items drawn at random, popular ones more often, five stars. Files are written before,
-a part at a time, into a folder for temporary files. Memory is what a process had at its peak beyond its imports, with
-glibc's threshold for memory that is given back fixed at a megabyte: by default it grows, and what a step frees of its
-gradients, which are as large as the model's tables, piles up beside the rows that are measured here.
+The ratings are synthetic: users and items drawn at random, popular ones more often, five stars. Files are written
+before, a part at a time, into a folder for temporary files. Memory is what a process had at its peak beyond its
+imports, with glibc's threshold for memory that is given back fixed at a megabyte: by default it grows, and what a step
+frees of its gradients, which are as large as the model's tables, piles up beside the rows that are measured here.
 """
 import argparse
 import json
@@ -56,7 +56,8 @@ def measured(path, way):
     start = time.process_time()
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1)
     return dict(load_seconds=digits(load, 3), epoch_seconds=digits(time.process_time() - start, 3),
-                before_mb=round(before/1e6), load_mb=round((loaded - before)/1e6), epoch_mb=round((peak() - before)/1e6))
+                before_mb=round(before/1e6), load_mb=round((loaded - before)/1e6),
+                epoch_mb=round((peak() - before)/1e6))
 
 def in_process(path, way):
     env = os.environ | dict(MALLOC_MMAP_THRESHOLD_='1000000')
@@ -77,7 +78,8 @@ def main(argv=None):
             path = str(Path(folder)/'ratings.parquet')
             write(path, n)
             for way in ['from_parquet'] + ['from_df']*(args.quick or n in BY_FRAME):
-                rows.append(dict(rows=n, way=way, file_mb=round(Path(path).stat().st_size/1e6), **in_process(path, way)))
+                rows.append(dict(rows=n, way=way, file_mb=round(Path(path).stat().st_size/1e6),
+                                 **in_process(path, way)))
                 print(rows[-1], flush=True)
     save_table(dict(name='collab_parquet', title='Ratings from Parquet', about=began, rows=rows,
                     goal=dict(rows=20_000_000, epoch_mb=1000), question='What do ratings from Parquet take?'), args.out)

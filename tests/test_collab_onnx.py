@@ -91,6 +91,7 @@ QUICK = dict(
 MODELS = dict(
     dot=lambda u, i: DotProduct(u, i, 3, std=1), dot_range=lambda u, i: DotProduct(u, i, 3, std=1, **RANGE),
     bias=lambda u, i: DotProductBias(u, i, 3, std=1),
+    bias_scaled=lambda u, i: DotProductBias(u, i, 3, std=1, y_scale=(50, 20)),
     nn=lambda u, i: EmbeddingNN(u, i, 3, layers=[4], std=1), nn_deep=lambda u, i: EmbeddingNN(
         u, i, (3, 5), layers=[6, 4], embed_p=.3, ps=.2, use_bn=False, std=1, **RANGE),
     factor=lambda u, i: factor(u, i, mean=3.), factor_lists=lambda u, i: factor(u, i, n_seen=len(SEEN), **RANGE),

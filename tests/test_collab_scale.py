@@ -29,7 +29,8 @@ def loaders(unit='stars', **kwargs):
 
 def predicted(learn, dls=None):
     x,y = (dls or learn.dls).ratings_of('valid')
-    with torch.no_grad(): return learn.model.eval()(x.to(next(learn.model.parameters()).device)).double().cpu(),y.double()
+    with torch.no_grad():
+        return learn.model.eval()(x.to(next(learn.model.parameters()).device)).double().cpu(),y.double()
 
 def mse(learn):
     p,y = predicted(learn)
@@ -146,7 +147,8 @@ def test_parts_of_a_score_are_in_the_unit_of_the_ratings():
     learn = fit_model(loaders('times 20'), 'dot', epochs=3)
     value = explain(learn, 3, 4).value
     assert list(value.index) == ['mean', 'user bias', 'item bias', 'match', 'sum', 'score']
-    assert np.isclose(value['mean'], learn.dls.mean) and np.isclose(value['score'], predict_pairs(learn, 3, 4), rtol=1e-5)
+    assert np.isclose(value['mean'], learn.dls.mean) and np.isclose(value['score'], predict_pairs(learn, 3, 4),
+                                                                    rtol=1e-5)
     assert np.isclose(value[['mean', 'user bias', 'item bias', 'match']].sum(), value['score'], rtol=1e-5)
     bias = item_bias(learn).set_index('item').bias
     assert np.isclose(bias[4], value['item bias'], rtol=1e-5)

@@ -145,5 +145,6 @@ def warn_of_zeros(
     stacklevel:int=3, # As of `warnings.warn`
 ):
     "A warning where most values are 0"
-    if 2*n > total: warnings.warn(f'{n:,} of {total:,} values of {rating} are 0: if 0 says that nothing was rated or '
-                                  f'taken, leave them out, as with ratings[ratings.{rating} > 0]', stacklevel=stacklevel)
+    if 2*n <= total: return
+    warnings.warn(f'{n:,} of {total:,} values of {rating} are 0: if 0 says that nothing was rated or taken, leave them '
+                  f'out, as with ratings[ratings.{rating} > 0]', stacklevel=stacklevel)

@@ -19,7 +19,7 @@ from .columns import find_columns, warn_of_zeros
 from .dataset import RatingsDataset
 from .frames import with_text_ids
 from .loaders import RatingsDL, RatingsDataLoaders, pair_keys
-from .parquet import ParquetTable, RowsSeen, pieces
+from .parquet import ParquetTable, RowsSeen, in_piece, pieces
 from .splits import split_rows
 from .table import values_of
 
@@ -27,8 +27,8 @@ from .table import values_of
 def _parts_of(n, splits, valid_pct, seed):
     "What each of `n` rows is for, uint8 [n]: 1 training, 2 validation, 0 neither; TypeError for a function"
     if callable(splits):
-        raise TypeError('a splitter is a function of the whole frame, and there is none: give two lists of row numbers, '
-                        'training and validation, or leave splits out for rows at random')
+        raise TypeError('a splitter is a function of the whole frame, and there is none: give two lists of row '
+                        'numbers, training and validation, or leave splits out for rows at random')
     train,valid = split_rows(range(n), splits, valid_pct, seed)
     part = np.zeros(n, np.uint8)
     part[train],part[valid] = 1,2
@@ -69,9 +69,9 @@ def _datasets(table, vocab, weight, part, folder):
     columns = [o for o in (vocab.user, vocab.item, vocab.rating, weight) if o]
     for start,df in pieces(table, columns):
         df = with_text_ids(df, columns[:2])
-        values = [values_of(df[name]) for name in columns[2:]]
-        if vocab.rating is None: values.insert(0, np.ones(len(df)))
-        values.insert(0, vocab.encode(df[vocab.user], df[vocab.item]).numpy())
+        with in_piece(table, start): pairs = vocab.encode(df[vocab.user], df[vocab.item]).numpy()
+        ones = [np.ones(len(df))] if vocab.rating is None else []
+        values = [pairs, *ones, *(values_of(df[o]) for o in columns[2:])]
         for side,kept in sides.items():
             rows = part[start:start+len(df)] == side
             for column,o in zip(kept, values): column.add(o[rows])
@@ -82,8 +82,8 @@ def _datasets(table, vocab, weight, part, folder):
 def _check_pairs(dls, duplicates):
     "A warning, or a `ValueError` for 'raise', where a pair of known ids comes twice; 'keep' does not look"
     if duplicates in ('last', 'mean'):
-        raise ValueError(f'duplicates={duplicates!r} takes all rows at once: merge them where the files are made, as with '
-                         f'DuckDB: select {dls.user}, {dls.item}, avg({dls.rating}) from ... group by all')
+        raise ValueError(f'duplicates={duplicates!r} takes all rows at once: merge them where the files are made, as '
+                         f'with DuckDB: select {dls.user}, {dls.item}, avg({dls.rating}) from ... group by all')
     if duplicates not in (None, 'keep', 'raise'):
         raise ValueError(f"duplicates is 'keep' or 'raise', found {duplicates!r}")
     if duplicates == 'keep' or (duplicates is None and dls.rating is None): return
@@ -110,11 +110,11 @@ def from_parquet(cls:RatingsDataLoaders,
     implicit:bool=False, # Leave ratings out: a row is an interaction; so it is without further columns
     duplicates:str=None, # Of pairs: 'keep' or 'raise'; 'keep' with a warning if not given, which takes a look at all
     weight_name:str=None, # Column of weights: 0 or more; all rows count the same if not given
-    folder=None, # Where 12 bytes a row are kept while the loaders are there; the system's folder for such files if not given
+    folder=None, # Where 12 bytes a row are kept as long as the loaders; the system's place for that if not given
     path='.', # Folder for what the learner saves
     device=None, # Where batches go; fastai's default if not given
 ):
-    "Make the loaders from Parquet files that need not fit in memory; the rows of each split are in the order of the files"
+    "Make the loaders from Parquet files that need not fit in memory; rows of a split keep the order of the files"
     table = ParquetTable(files)
     if not len(table): raise ValueError(f'expected at least one rating, found none in {[o.name for o in table.files]}')
     names = find_columns(table.empty(), user_name, item_name, rating_name, implicit, weight_name)

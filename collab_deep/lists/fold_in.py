@@ -137,7 +137,7 @@ def _solved_row(model, rows, stars, decay):
 # %% ../../nbs/collab_deep/lists/03_fold_in.ipynb #c020
 def fold_in(
     learn, # A learner, or a `Recommender`; many threads may read it
-    ratings, # Ratings by item on the scale of training, as a dict, for models that read them; or a list of items that were taken
+    ratings, # Ratings by item on the scale of training, as a dict, for models that read them; or a list of items
     features:Tensor=None, # Numbers for the newcomer's features, for models that read these, as `encode_features` gives
     decay:float=None, # Penalty for leaving the average user; 10 if not given
 )->Tensor: # Row for `model.scores_of`, [d]; KeyError for an item that training did not see

@@ -8,6 +8,7 @@ __all__ = ['largest_file', 'check_size', 'check_any_length', 'onnx_bytes', 'onnx
 # %% ../../nbs/paddy_multi/core/21_onnx_files.ipynb #1d17fbd8
 import contextlib
 import io
+import logging
 import warnings
 
 import torch
@@ -38,11 +39,21 @@ def check_any_length(
                         f'number: write x.shape[0] in place of len(x), and let no step depend on it')
 
 # %% ../../nbs/paddy_multi/core/21_onnx_files.ipynb #e4300cc0
+def _check_packages():
+    "`ImportError` that says how to get what writes and runs ONNX"
+    try: import onnx, onnxruntime, onnxscript
+    except ImportError as e: raise ImportError(f'{e}: pip install "paddy-multi[onnx]"') from e
+
 def _quietly(module, values, **kwargs):
-    "What `torch.onnx.export` gives, without what it prints"
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter('ignore')
-        return torch.onnx.export(module, values, dynamo=True, verbose=False, **kwargs)
+    "What `torch.onnx.export` gives, without what it prints and logs"
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            with torch.no_grad(): return torch.onnx.export(module, values, dynamo=True, verbose=False, **kwargs)
+    finally: logging.disable(before)
 
 def onnx_bytes(
     module:nn.Module, # In evaluation mode; its `forward` takes the inputs in order
@@ -51,6 +62,7 @@ def onnx_bytes(
     name:str, # Whose module this is, for errors
 )->bytes: # A file of ONNX; TypeError where the steps cannot be followed
     "Follow `module` once and write what it did; the first size of all inputs is one that may be any"
+    _check_packages()
     check_size(module)
     sizes = tuple({0: torch.export.Dim('n')} for _ in inputs)
     try: program = _quietly(module, tuple(inputs.values()), input_names=list(inputs), output_names=outputs,
