@@ -1,8 +1,8 @@
 """The five folds of MovieLens-100k that its authors published (u1 to u5), beside results published for the first.
 
 The folds are files of the original archive, so this asks for them: --folds FOLDER with u1.test to u5.test. Settings are
-those of collab_quality, chosen on an inner split of other training rows. Each fold is trained from five seeds; their
-mean is the sixth model.
+those of collab_quality, chosen on training rows of another split, some of which are test rows of these folds. Each fold
+is trained from five seeds; their mean is the sixth model.
 """
 import argparse
 import math
