@@ -47,6 +47,7 @@ from .train.row_weights import *
 from .train.losses import *
 from .train.solved import *
 from .train.optimizer import *
+from .train.sampled import *
 from .train.choose import *
 from .train.learner import *
 from .train.stopping import *

@@ -101,14 +101,17 @@ def chosen_reg(
 # %% ../../nbs/collab_deep/train/06_choose.ipynb #n019
 solved_names = 'ease','ials','blend','auto' # models that are solved, for lists
 _largest_for_ease,_largest_at_all = 15_000,40_000 # items: a table of each pair takes .9 and 6.4 GB
+_largest_for_softmax = 20_000 # items: each user's share of all of them is worked out in each epoch
 
 def default_loss(
     dls, # `RatingsDataLoaders`
     model, # Name of a model, a model, or `None`
 ): # A `CollabLoss`
-    "The loss where none is given: squared error of ratings that differ, else softmax; none for models that are solved"
+    "Squared error of ratings that differ, else softmax, sampled for many items; none for models that are solved"
     if model in solved_names or isinstance(model, Blend) or getattr(model, 'solves', False): return SolvedLoss()
-    return as_loss('mse' if dls.rating is not None and dls.y_min < dls.y_max else 'softmax')
+    if dls.rating is not None and dls.y_min < dls.y_max: return as_loss('mse')
+    by_sample = dls.n_items > _largest_for_softmax and model in (None, 'dot')
+    return as_loss('sampled_softmax' if by_sample else 'softmax')
 
 # %% ../../nbs/collab_deep/train/06_choose.ipynb #n021
 def _ease(dls, reg='auto', strength=.4):
@@ -157,6 +160,7 @@ def said_of(
     dls, # `RatingsDataLoaders`
     model:CollabModel, # That was chosen
     loss, # `CollabLoss` that was chosen
+    by_rows:bool=False, # Does a step touch the rows of its batch alone?
 )->str:
     "What the data are, and what was chosen for them"
     n = len(dls.train.dataset)
@@ -168,4 +172,5 @@ def said_of(
                         f'{type(o).__name__}({o.item_factors.shape[1]} factors)' for o in members)
     too_many = isinstance(model, iALS) and dls.n_items > _largest_for_ease
     why = f' (EASE is for up to {_largest_for_ease:,} items)' if too_many else ''
-    return f'{found}: {chosen}{why}' + (f', loss {loss!r}' if loss.name else '')
+    trained = ', trained by RowAdamW: a step touches the rows of its batch alone' if by_rows else ''
+    return f'{found}: {chosen}{why}' + (f', loss {loss!r}' if loss.name else '') + trained

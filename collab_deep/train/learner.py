@@ -25,7 +25,8 @@ from ..models.nn import EmbeddingNN
 from ..models.sharded import refuse_shards
 from .choose import default_loss, said_of, scale_of, solved_model, solved_names
 from .losses import CollabLoss, as_loss
-from .optimizer import fused_adamw, lr_wd_for
+from .optimizer import RowAdamW, fused_adamw, lr_wd_for, row_adamw
+from .sampled import SampledSoftmaxLoss # enters its name
 from .row_weights import RowWeights, WeighedLoss
 from paddy_multi.core.autocast import RestoresAutocast
 from paddy_multi.core.facts import differences
@@ -132,6 +133,12 @@ class CollabLearner(RestoresAutocast, Learner):
         ranking = [o.loss_func for o in CollabLoss.registry.values() if o.ranks]
         return self.collab_loss.ranks or self.loss_func in ranking
 
+    def fit(self, *args, **kwargs):
+        "As in fastai; also one that ends with an error leaves the rows of `RowAdamW` up to date"
+        try: super().fit(*args, **kwargs)
+        finally:
+            if isinstance(self.opt, RowAdamW): self.opt.finish()
+
     def get_preds(self, ds_idx=1, dl=None, reorder=True, **kwargs):
         "As in fastai, which takes the prediction of a single pair for a tuple of one and then fails to put it in order"
         if self.ranks and kwargs.get('with_loss'):
@@ -205,12 +212,12 @@ def collab_deep_learner(
     layers:list=None, # Widths of its hidden layers; [n_factors] if not given
     config:dict=None, # Further arguments of the model
     y_range:tuple=None, # Lowest and highest rating that can be predicted
-    loss=None, # 'mse' for ratings, 'bpr' or 'softmax' for rankings; a `CollabLoss`, or a function of (pred, targ)
+    loss=None, # 'mse' for ratings; 'bpr', 'softmax', 'sampled_softmax' for lists; `CollabLoss`, or f(pred, targ)
     model=None, # 'dot', 'nn', 'factor'; for lists 'auto', 'ease', 'ials', 'blend'; a model; a learner to start from
     lr:float=None, # Learning rate; that of `lr_wd_for` the batch size if not given
     wd:float=None, # Weight decay; that of `lr_wd_for` the batch size if not given
     cbs=None, # Callbacks
-    opt_func=None, # Optimizer, as for `Learner`; `FusedAdamW` if not given
+    opt_func=None, # Optimizer, as for `Learner`; `FusedAdamW` if not given, or `RowAdamW`
     **kwargs, # For `Learner`
 )->CollabLearner:
     "Make a learner for `dls`; what is not given follows from the data, and is said"
@@ -228,13 +235,15 @@ def collab_deep_learner(
     right_for_64 = (6e-3, .315) if model == 'factor' or known and isinstance(model, FactorModel) else loss.lr_wd
     usual_lr,usual_wd = lr_wd_for(dls.train.bs, *right_for_64)
     model = _make_model(dls, loss, model, n_factors, use_nn, emb_szs, layers, y_range, config or {})
-    if chosen or known: print(known or said_of(dls, model, loss))
+    loss.check_model(model)
+    by_rows = opt_func is None and loss.by_rows(dls)
+    if chosen or known or by_rows: print(known or said_of(dls, model, loss, by_rows))
     know_ids(model, dls.vocab)
     dls = kept_apart(loss, dls)
     extra,weighs = loss.callbacks(dls),dls.weights_of('train') is not None
     learn = CollabLearner(
         dls, model, WeighedLoss(loss.loss_func) if weighs else loss.loss_func,
-        opt_func=opt_func or partial(fused_adamw, model, power=loss.power),
+        opt_func=opt_func or partial(row_adamw if by_rows else fused_adamw, model, power=loss.power),
         lr=usual_lr if lr is None else lr, wd=usual_wd if wd is None else wd,
         cbs=L(FillUnknown(), CheckIds(dls.vocab, bool(extra)), CheckFinite(), *[RowWeights()]*weighs, *extra) + L(cbs),
         **kwargs)

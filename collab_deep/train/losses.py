@@ -70,6 +70,19 @@ def loaders(self:CollabLoss,
     "What the learner trains on: a column of weights counts, with a mean of 1"
     return weighed(dls)
 
+@patch
+def check_model(self:CollabLoss,
+    model, # `CollabModel`
+):
+    "`ValueError` for a model that cannot learn from this loss"
+
+@patch
+def by_rows(self:CollabLoss,
+    dls, # `RatingsDataLoaders`
+)->bool:
+    "Should a step touch the rows of its batch alone (`RowAdamW`)?"
+    return False
+
 # %% ../../nbs/collab_deep/train/02_losses.ipynb #c013
 @patch
 def check(self:CollabLoss,
@@ -194,10 +207,13 @@ class SoftmaxCallback(Callback):
         if not self.training:
             if self.weigh is not None: known = known*self.weigh(ratings)
             if not known.any(): warn_of_no_row(len(pairs))
-        users,row = pairs[:,0].unique(return_inverse=True)
         # not from `pred`: batch norm of pairs gives them another score
-        shares = self.model.scores(users)[:,1:].log_softmax(1)
-        self.learn.pred,self.learn.yb = shares[row, (pairs[:,1]-1).clamp(min=0)],(known, *weights)
+        self.learn.pred,self.learn.yb = self.shares(pairs),(known, *weights)
+
+    def shares(self, pairs):
+        "Log of the share of each pair among those of its user"
+        users,row = pairs[:,0].unique(return_inverse=True)
+        return self.model.scores(users)[:,1:].log_softmax(1)[row, (pairs[:,1]-1).clamp(min=0)]
 
 # %% ../../nbs/collab_deep/train/02_losses.ipynb #c040
 def softmax_loss(
