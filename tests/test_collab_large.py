@@ -11,9 +11,13 @@ from fastai.torch_core import set_seed
 from hypothesis import given, settings, strategies as st
 
 from collab_deep.data.loaders import RatingsDataLoaders
+from collab_deep.models.ials import Side
+from collab_deep.train.ensemble import collab_ensemble
+from collab_deep.train.fit import fit_ials, fit_model
 from collab_deep.train.learner import collab_deep_learner
 from collab_deep.train.optimizer import FusedAdamW, RowAdamW
 from collab_deep.train.sampled import SampledSoftmaxLoss, SharedSample, sampled_shares, stood_for
+from paddy_multi.accumulate.microbatch import MicroBatch
 
 
 def synthetic(n_users=60, n_items=40, n=600, seed=0):
@@ -264,3 +268,60 @@ def test_tables_in_parts_and_several_processes_are_refused():
     learn.model.shards = None
     learn.across_processes = type('Across', (), dict(ranks=[0, 1]))()
     with pytest.raises(ValueError, match="use loss='softmax' across several"): learn.sampled_softmax.before_fit()
+
+
+def test_microbatch_is_refused():
+    learn = collab_deep_learner(loaders(synthetic()), loss='sampled_softmax')
+    with pytest.raises(ValueError, match='each of which would draw other items.*use a smaller bs'):
+        silent(learn, 1, cbs=MicroBatch(8))
+
+
+def test_an_ensemble_of_models_trained_so_is_validated_on_all_items():
+    dls = loaders(synthetic())
+    learn = collab_ensemble(dls, 1, n=2, loss='sampled_softmax', n_factors=4)
+    pairs, ratings = dls.ratings_of('valid')
+    shares = learn.model.scores(pairs[:, 0])[:, 1:].log_softmax(1)
+    weights = (ratings - dls.y_min)*(pairs[:, 1] > 0)
+    own = -(shares.gather(1, (pairs[:, 1:] - 1).clamp(min=0))[:, 0]*weights).sum()/weights.sum()
+    with learn.no_bar(): assert learn.validate()[0] == pytest.approx(own.item(), rel=1e-5)
+
+
+def test_many_items_without_ratings_are_learned_from_a_sample(capsys):
+    df = pd.DataFrame(dict(user=np.arange(20_500) % 50, item=np.arange(20_500)))
+    learn = collab_deep_learner(loaders(df, valid_pct=.01, implicit=True), n_factors=2)
+    assert isinstance(learn.collab_loss, SampledSoftmaxLoss)
+    few = collab_deep_learner(loaders(df.head(500), valid_pct=.01, implicit=True), n_factors=2)
+    assert few.collab_loss.name == 'softmax'
+
+
+# --- iALS -----------------------------------------------------------------------------------------------------------
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 999), n_factors=st.integers(1, 12), least=st.sampled_from([.05, .2, .6]), unseen=st.sampled_from([.05, .3]))
+def test_a_side_is_solved_as_by_numpy_row_by_row(seed, n_factors, least, unseen):
+    "Lists shorter and longer than the factors are many, and weights above and below that of what was not taken"
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(0, 20, 9)
+    starts = torch.tensor([0, *lengths.cumsum()])
+    others = torch.cat([torch.from_numpy(rng.permutation(19)[:n] + 1) for n in lengths] or [torch.zeros(0)]).long()
+    weights = torch.from_numpy(least + rng.random(len(others))).float()
+    targets, other = torch.randn(len(others)), torch.randn(20, n_factors)
+    got = Side(starts, others, weights, targets).solve(other, .05, unseen)
+    q = other[1:].double().numpy()
+    for row, (a, b) in enumerate(zip(starts, starts[1:])):
+        if a == b:
+            assert got[row].tolist() == [0]*n_factors
+            continue
+        w, t = np.full(19, unseen), np.zeros(19)
+        w[others[a:b] - 1], t[others[a:b] - 1] = weights[a:b], targets[a:b]
+        penalty = .05*(weights[a:b].double().sum().item() + unseen*19)
+        want = np.linalg.solve(q.T @ np.diag(w) @ q + penalty*np.eye(n_factors), q.T @ (w*t))
+        np.testing.assert_allclose(got[row], want, atol=2e-3*(1 + abs(want).max()))
+
+
+def test_what_only_solving_needs_is_let_go():
+    learn = fit_ials(loaders(synthetic()), epochs=2, n_factors=4)
+    assert learn.model.sides is None
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert learn.model.sides is None
+    both = fit_model(loaders(synthetic()), 'blend', 2)
+    assert [o.sides for o in both.model.members if hasattr(o, 'sides')] == [None]

@@ -25,7 +25,7 @@ class SharedSample:
         n:int, # Items to draw
         by:str, # 'popularity' or 'uniform'
     ):
-        chances = counts.double().clamp(min=.5).sqrt() if by == 'popularity' else torch.ones(len(counts)).double()
+        chances = counts.double().clamp(min=1) if by == 'popularity' else torch.ones(len(counts)).double()
         chances[0] = 0
         self.n,self.chances = n,chances/chances.sum()
         self.edges = self.chances.cumsum(0)
@@ -67,6 +67,10 @@ def read_rows(
     if opt is not None: opt.catch_up(table.weight, rows)
     return F.embedding(rows, table.weight, sparse=opt is not None)
 
+def has_rows(model):
+    "Is a score a product of two rows, and a bias of each?"
+    return type(model) in (DotProduct, DotProductBias)
+
 def factor_rows(model, users, items, opt=None):
     "Factors of users, of items, and biases of items, 0 where the model has none"
     bias = read_rows(model.items_bias, items, opt)[:,0] if hasattr(model, 'items_bias') else 0*items
@@ -86,8 +90,12 @@ class SampledSoftmaxCallback(SoftmaxCallback):
         refuse_shards(self.model, 'sampled softmax')
         if getattr(getattr(self.learn, 'across_processes', None), 'ranks', None):
             raise ValueError("sampled softmax draws for the batch of one process: use loss='softmax' across several")
+        if any(o.__name__ == 'MicroBatch' for cb in self.learn.cbs for o in type(cb).__mro__):
+            raise ValueError('MicroBatch cuts a batch in parts, each of which would draw other items: leave it out, '
+                             'and use a smaller bs')
 
     def shares(self, pairs):
+        if not has_rows(self.model): return super().shares(pairs)
         users,row = pairs[:,0].unique(return_inverse=True)
         drawn,log_n = (o.to(pairs.device) for o in self.sample(None if self.training else 0))
         items,at = torch.cat([pairs[:,1], drawn]).unique(return_inverse=True)
@@ -114,7 +122,7 @@ class SampledSoftmaxLoss(SoftmaxLoss):
     large = 20_000 # users and items from which on `RowAdamW` trains them
     def __init__(self,
         n:int=1024, # Items drawn for all rows of a batch
-        by:str='popularity', # Draw by the root of how often an item was taken, or 'uniform'
+        by:str='popularity', # Draw by how often an item was taken, or 'uniform'
         weights='above lowest', # How much a row counts: by its rating, by a function of all ratings, or `None`: as all
     ):
         if not is_whole(n): raise ValueError(f'n is how many items a batch draws, a positive integer; found {n!r}')
@@ -128,6 +136,6 @@ class SampledSoftmaxLoss(SoftmaxLoss):
     def by_rows(self, dls): return dls.n_users + dls.n_items >= self.large
 
     def check_model(self, model):
-        if type(model) in (DotProduct, DotProductBias): return
+        if all(has_rows(o) for o in getattr(model, 'members', [model])): return
         raise ValueError(f"sampled softmax reads single rows of factors, as of 'dot', and a {type(model).__name__} "
                          f"has none: leave model out, or use loss='softmax'")

@@ -72,7 +72,10 @@ class Solve(OwnEvents):
         raise CancelTrainException
 
     data = None # `Interactions`, for the length of a fit
-    def after_fit(self): self.data = None
+    def after_fit(self):
+        self.data = None
+        for o in self.model.modules():
+            if hasattr(o, 'end_solving'): o.end_solving()
     def __getstate__(self): return vars(self) | dict(data=None)
 
     def after_train(self):
