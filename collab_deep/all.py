@@ -49,6 +49,7 @@ from .train.solved import *
 from .train.optimizer import *
 from .train.choose import *
 from .train.learner import *
+from .train.epochs import *
 from .train.stopping import *
 from .train.ensemble import *
 from .train.fit import *
