@@ -20,6 +20,7 @@ from .models.by_id import *
 from .models.carried import *
 from .models.plain import *
 from .models.newcomers import *
+from .models.epochs import *
 from .data.movielens import *
 from .data.columns import *
 from .data.frames import *
@@ -49,7 +50,6 @@ from .train.solved import *
 from .train.optimizer import *
 from .train.choose import *
 from .train.learner import *
-from .train.epochs import *
 from .train.stopping import *
 from .train.ensemble import *
 from .train.fit import *

@@ -74,8 +74,8 @@ def fit(
     epochs:int=None, # Or turns of what is solved; the usual ones if not given
 ):
     "Train, with a line an epoch, or solve"
-    from collab_deep.train.epochs import usual_epochs
+    from collab_deep.models.epochs import usual_epochs
     from collab_deep.train.fit import WithoutValidation
-    epochs = epochs or usual_epochs(learn)
+    epochs = epochs or usual_epochs(learn.model, learn.ranks)
     if not learn.model.solves: return learn.fit_one_cycle(epochs)
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs, cbs=WithoutValidation())

@@ -14,7 +14,7 @@ import typer
 from .models import Loss, Model, chosen, fit, learner_of
 from .options import Encoding, Header, Sep, column, option, read_file, speaking_options
 from .ratings import Duplicates, Split, loaders_of
-from ..train.epochs import first_epochs
+from ..models.epochs import first_epochs
 from paddy_multi.core.commands import check_folder, echo, refuse
 from paddy_multi.core.files import locked, written_together
 

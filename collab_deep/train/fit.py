@@ -13,8 +13,8 @@ from fastai.learner import Learner
 from fastai.torch_core import set_seed
 
 from ..models.blend import Blend
+from ..models.epochs import usual_epochs
 from .choose import solved_names
-from .epochs import usual_epochs
 from .learner import CollabLearner, collab_deep_learner
 from .losses import CollabLoss
 from paddy_multi.core.finite import OwnEvents
@@ -69,7 +69,7 @@ def fit_model(
     set_seed(seed)
     kind = dict(model=name) if name in (*solved_names, 'dot', 'nn', 'factor') else dict(loss=name)
     learn = collab_deep_learner(dls, **kind, **kwargs)
-    epochs = usual_epochs(learn) if epochs is None else epochs
+    epochs = usual_epochs(learn.model, learn.ranks) if epochs is None else epochs
     fit = learn.fit if learn.model.solves else learn.fit_one_cycle
     with learn.no_bar(), learn.no_logging(): fit(epochs, cbs=WithoutValidation())
     return learn
