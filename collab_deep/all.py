@@ -20,6 +20,7 @@ from .models.by_id import *
 from .models.carried import *
 from .models.plain import *
 from .models.newcomers import *
+from .models.epochs import *
 from .data.movielens import *
 from .data.columns import *
 from .data.frames import *

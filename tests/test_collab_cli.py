@@ -134,9 +134,11 @@ def test_recommend_without_fastai(trained):
     done = run(sys.executable, '-c', code, 'recommend', '--model', folder/'model', '--user', 7, '--k', 3)
     *lines, loaded = done.stdout.splitlines()
     assert len(lines) == 4 and lines[0].split() == ['item', 'score'] and loaded == 'False' and done.stderr == ''
-    again = run(COMMAND, 'recommend', '--model', folder/'model', '--user', '7.0')
-    assert again.returncode == 1
-    assert again.stderr.startswith("Error: user '7.0' is not among the 30 in training; the nearest are 7")
+    again = run(COMMAND, 'recommend', '--model', folder/'model', '--user', '7.0', '--k', 3)
+    assert again.stdout.splitlines() == lines                                      # as a spreadsheet writes 7
+    other = run(COMMAND, 'recommend', '--model', folder/'model', '--user', '7.5')
+    assert other.returncode == 1
+    assert other.stderr.startswith("Error: user '7.5' is not among the 30 in training; the nearest are 7")
 
 
 def test_train_refuses(trained, tmp_path):

@@ -23,7 +23,7 @@ class Loss(str, Enum):
     softmax,bpr,mse = 'softmax','bpr','mse'
 
 # %% ../../nbs/collab_deep/cli/03_models.ipynb #n008
-_epochs = dict(ease=1, auto=12, blend=12, ials=12)  # models that are solved; of others, 5
+_solved = 'ease','ials','blend','auto'  # which have no loss and no batches
 
 def _check_solved(model, loss, factors, epochs, bs):
     "Refuse options that a model which is solved has no use for"
@@ -41,11 +41,11 @@ def chosen(
     factors:int=None, # As typed
     epochs:int=None, # As typed
     bs:int=None, # As typed
-)->tuple: # Model, epochs and size of a batch
+)->tuple: # Model, and size of a batch
     "What is not given follows from what is; refuses what contradicts another option"
     model = model or ('auto' if loss is None else 'dot')
-    if model in _epochs: _check_solved(model, loss, factors, epochs, bs)
-    return model, epochs or _epochs.get(model, 5), bs or 512
+    if model in _solved: _check_solved(model, loss, factors, epochs, bs)
+    return model, bs or 512
 
 # %% ../../nbs/collab_deep/cli/03_models.ipynb #n013
 def learner_of(
@@ -71,9 +71,11 @@ def learner_of(
 # %% ../../nbs/collab_deep/cli/03_models.ipynb #n016
 def fit(
     learn, # `CollabLearner`
-    epochs:int, # Or turns of what is solved
+    epochs:int=None, # Or turns of what is solved; the usual ones if not given
 ):
     "Train, with a line an epoch, or solve"
+    from collab_deep.models.epochs import usual_epochs
     from collab_deep.train.fit import WithoutValidation
+    epochs = epochs or usual_epochs(learn.model, learn.ranks)
     if not learn.model.solves: return learn.fit_one_cycle(epochs)
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs, cbs=WithoutValidation())

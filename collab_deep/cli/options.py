@@ -19,7 +19,8 @@ from paddy_multi.core.commands import echo, stop
 def _typed(names): return names.replace("'", '').replace(', ', ',')
 
 _of_files = [
-    (r'as with header=\[(.*?)\]', lambda found: f'as with --header {_typed(found[1])}'),
+    (r'as with header=\[(.*?)\], or say header=True if these are names',
+     lambda found: f'as with --header {_typed(found[1])}'),
     (r'\bheader names\b', '--header names'), (r'leave header out', 'leave --header out'),
     (r'say which, with delimiter=', 'say which, with --sep'),
     (r"\bencoding='(\S+)'", r'--encoding \1'), (r'\bencoding is\b', '--encoding is'),
@@ -106,5 +107,4 @@ def read_file(
     "What `read_ratings` makes of the options"
     from collab_deep.data.files import read_ratings  # here, since pandas takes a second
     if sep == '': raise ValueError('--sep is the text between columns, found none: leave it out to have it found')
-    names = None if header is None else [o.strip() for o in header.split(',')]
-    return read_ratings(file, None if sep is None else sep.replace(r'\t', '\t'), encoding, names)
+    return read_ratings(file, None if sep is None else sep.replace(r'\t', '\t'), encoding, header)

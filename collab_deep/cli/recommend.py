@@ -6,6 +6,7 @@
 __all__ = ['users_in', 'blocks_of', 'recommend']
 
 # %% ../../nbs/collab_deep/cli/05_recommend.ipynb #n003
+import re
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -63,6 +64,14 @@ def users_in(
     if found and found[0] not in known and _is_name(found[0], name): del found[0]
     if not found: raise ValueError(f'{file} holds no user: expected a table with a column {name!r}, or one id a line')
     return found
+
+# %% ../../nbs/collab_deep/cli/05_recommend.ipynb #9480735a
+def _as_known(known, o):
+    "The text `o` as the ids write the same number; as it is where none of them is"
+    number = re.fullmatch(r'([+-]?\d+)(\.0*)?', o)
+    if o in known or not number: return o
+    ways = number[1], number[1] + '.0'
+    return next((way for way in ways if isinstance(known.get(way), (int, float))), o)
 
 # %% ../../nbs/collab_deep/cli/05_recommend.ipynb #n014
 def _kinds(rec, known, users):
@@ -212,7 +221,9 @@ def recommend(
     with speaking_options(OSError, ValueError, TypeError, KeyError):
         rec = load_recommender(model)
         known = _by_text(rec, model)
+        if user is not None: user = _as_known(known, user)
         if user is not None and (out is None or user not in known): return _one(rec, known, user, k, seen)
         if everyone: wanted = list(known)
         else: wanted = [user] if users is None else users_in(users, rec.user, known, sep, encoding, header)
+        wanted = list(dict.fromkeys(_as_known(known, o) for o in wanted))
         _many(rec, known, wanted, k, seen, out, raw)

@@ -14,6 +14,7 @@ import typer
 from .models import Loss, Model, chosen, fit, learner_of
 from .options import Encoding, Header, Sep, column, option, read_file, speaking_options
 from .ratings import Duplicates, Split, loaders_of
+from ..models.epochs import first_epochs
 from paddy_multi.core.commands import check_folder, echo, refuse
 from paddy_multi.core.files import locked, written_together
 
@@ -54,6 +55,9 @@ def _write_results(learn, out, relevant):
     echo(f'{out}: recommender.json, weights, report.html')
 
 # %% ../../nbs/collab_deep/cli/04_train.ipynb #n012
+_epochs_help = 'Passes over the training part; {ratings} for ratings, {lists} of a loss on lists, {turns} turns of ' \
+               'what is solved if not given.'.format(**first_epochs)
+
 def _one_file(file, ratings):
     "The file of ratings, however it was given"
     if (file is None) == (ratings is None): refuse('name one file with ratings', 'RATINGS')
@@ -69,7 +73,7 @@ def train(
                         'or for lists with --loss. auto if neither is given, dot with --loss alone.')=None,
     loss:option(Loss, 'softmax or bpr for lists, mse for ratings.')=None,
     factors:option(int, 'Numbers learned for each user and item; 32 for ials, else 50.', min=2)=None,
-    epochs:option(int, 'Passes over the training part; 12 turns of what is solved, else 5.', min=1)=None,
+    epochs:option(int, _epochs_help, min=1)=None,
     bs:option(int, 'Ratings a batch; 512 if not given.', min=1)=None,
     user:column('Of users; known by a name such as user, userId or reviewerID.')=None,
     item:column('Of items; title if there is one, else a name such as item, movieId or isbn.')=None,
@@ -92,7 +96,7 @@ def train(
     """
     file = _one_file(file, ratings)
     check_folder(out, ('recommender.json',), overwrite)
-    name,turns,bs = chosen(model and model.value, loss and loss.value, factors, epochs, bs)
+    name,bs = chosen(model and model.value, loss and loss.value, factors, epochs, bs)
     columns = dict(user=user, item=item, rating=rating, weight=weight, time=time)
     with speaking_options(OSError, ValueError, TypeError, FloatingPointError):
         df = read_file(file, sep, encoding, header)
@@ -100,5 +104,5 @@ def train(
         learn = learner_of(dls, name, loss and loss.value, factors, seed)
         _rehearse(learn, out, relevant)
         with locked(out):
-            fit(learn, turns)
+            fit(learn, epochs)
             _write_results(learn, out, relevant)

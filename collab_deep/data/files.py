@@ -54,7 +54,7 @@ def _check_header(file, cells, header):
     number = next((o for o in cells if re.fullmatch(r'[+-]?\d+(\.\d+)?', o)), None)
     if header is None and number is not None and not known: raise ValueError(
         f'{file}: the first line holds {number!r}, a number: is it a row? Then name its {len(cells)} columns, as with '
-        f'header={_names[:len(cells)]}; found {cells[:6]}')
+        f'header={_names[:len(cells)]}, or say header=True if these are names; found {cells[:6]}')
     if header is not None and len(header) != len(cells):
         raise ValueError(f'{file}: header names {len(header)} columns, and the first line has {len(cells)} cells: '
                          f'{cells[:6]}')
@@ -111,25 +111,34 @@ def _read(file, sep, encoding, header, kwargs):
     if not line: return read_table(file, **kwargs)  # which says what is wrong
     if sep is None: sep = '::' if '::' in line else find_delimiter(file, encoding)
     if sep not in line: raise ValueError(f'{file}: expected {sep!r} between the columns, found {line[:80]!r}')
-    names = header or _movielens_names(file, line, sep)
-    _check_header(file, _cells(line, sep), names)
+    names = None if header is True else header or _movielens_names(file, line, sep)
+    if header is not True: _check_header(file, _cells(line, sep), names)
     def read(**more):
         if names is None and len(sep) == 1: return read_table(file, sep, encoding, **kwargs, **more)
         return _read_copy(file, sep, encoding, names, {**kwargs, **more})
     return read() if {'na_values', 'keep_default_na'} & kwargs.keys() else _with_na(read(), read)
+
+# %% ../../nbs/collab_deep/data/06_files.ipynb #461929d7
+def _names_given(header):
+    "Names as a list, `True` for those of the first line, or `None`; `TypeError` or `ValueError` for what is none of these"
+    if header is None or header is True: return header
+    names = [o.strip() for o in header.split(',')] if isinstance(header, str) else header
+    if not isinstance(names, (list, tuple, pd.Index)) or not all(isinstance(o, str) for o in names):
+        raise TypeError("header is a list of names, as in ['user', 'item', 'rating'], the same as text, as in "
+                        f"'user,item,rating', or True where the first line holds names; found {header!r}")
+    if all(names) and len(set(names)) == len(names) > 0: return list(names)
+    raise ValueError(f'header gives each column a name of its own, found {list(names)}')
 
 # %% ../../nbs/collab_deep/data/06_files.ipynb #n026
 def read_ratings(
     file:str|Path, # CSV, TSV, RecBole's .inter, MovieLens' u.data and ratings.dat, also packed by gzip; or Parquet
     sep:str=None, # Text between two columns, such as ';' or '::'; found if not given
     encoding:str=None, # Such as 'latin-1'; UTF-8 if not given, or what a mark at the start of the file says
-    header:list=None, # Names of the columns of a file without a line of names; known for MovieLens' files
+    header=None, # Names of columns where the first line has none: a list, or 'user,item,rating'; True where it has
     **kwargs, # For `read_table`, such as `dtype` or `decimal`
 )->pd.DataFrame: # Columns with their names, without types such as `:token`; ids with leading zeros are text
     "Read a file of ratings, or raise a `ValueError` that says what is missing or could be meant in two ways"
-    if header is not None and (isinstance(header, str) or not all(isinstance(o, str) for o in header)):
-        raise TypeError(f"header is a list of names, as in ['user', 'item', 'rating']; found {header!r}")
-    file = Path(file)
+    file,header = Path(file),_names_given(header)
     try: is_text = file_kind(file) != 'parquet'
     except gzip.BadGzipFile as e: raise ValueError(f'{file} is damaged: {e}') from e
     if not is_text and header is not None: raise ValueError(f'{file} is Parquet, which has names: leave header out')

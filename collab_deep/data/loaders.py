@@ -30,17 +30,25 @@ class RatingsDL(TfmdDL):
     "Batches of a `RatingsDataset`: long pairs [bs, 2], float ratings [bs], and float weights [bs] where it has them"
     def __init__(self,
         dataset, # A `RatingsDataset`
-        bs=64, # Ratings in a batch
+        bs=None, # Ratings in a batch; 64 if not given, and 2048 of whole users
         shuffle=False, # In another order each epoch?
         drop_last=False, # Leave out what does not fill a batch?
         num_workers=0, # As in fastai; taken and not needed
         by_user=False, # Shuffle users, and keep the rows of each together?
         **kwargs, # For fastai's `TfmdDL`
     ):
+        usual = 2048 if by_user else 64
+        self.by_user,self.usual_bs = by_user,(usual if bs is None else None)
+        if bs is None: bs = usual
         if not is_whole(bs):
             raise ValueError(f'bs is the number of ratings in a batch, a positive integer; found {bs!r}')
         super().__init__(dataset, bs=int(bs), shuffle=shuffle, drop_last=drop_last, num_workers=0, **kwargs)
-        self.by_user = by_user
+
+    usual_bs = None # what bs became where none was given
+    @property
+    def asked_bs(self):
+        "Ratings in a batch as they were asked for; `None` where they were not"
+        return None if self.bs == self.usual_bs else self.bs
 
     def get_idxs(self):
         if not self.shuffle: return torch.arange(self.n)
@@ -55,8 +63,8 @@ class RatingsDL(TfmdDL):
 
     def new(self, dataset=None, cls=None, **kwargs):
         "The same loader with another dataset or other arguments"
-        by_user = dict(by_user=self.by_user) if issubclass(cls or type(self), RatingsDL) else {}
-        return super().new(dataset, cls, **{**by_user, **kwargs})
+        own = dict(by_user=self.by_user, bs=self.asked_bs) if issubclass(cls or type(self), RatingsDL) else {}
+        return super().new(dataset, cls, **{**own, **kwargs})
 
     def batch_sizes(self,
         n:int, # Ratings of an epoch
@@ -137,7 +145,7 @@ class RatingsDataLoaders(DataLoaders):
         valid_pct:float=.2, # Share of rows to validate on, at random; 0 trains on all
         seed:int=None, # Seed of the random split
         splits=None, # Function of the frame after `duplicates`, or two lists of row numbers; at random if not given
-        bs:int=64, # Ratings in a training batch
+        bs:int=None, # Ratings in a training batch; 64 if not given, and 2048 where a loss takes whole users
         val_bs:int=8192, # Ratings in a validation batch: nothing is learned there, so it may be large
         implicit:bool=False, # Leave ratings out: a row is an interaction; so it is without further columns
         duplicates:str=None, # Of pairs: 'keep', 'last', 'mean' or 'raise'; 'keep' with a warning if not given

@@ -105,7 +105,7 @@ def from_parquet(cls:RatingsDataLoaders,
     valid_pct:float=.2, # Share of rows to validate on, at random; 0 trains on all
     seed:int=None, # Seed of the random split
     splits=None, # Two lists of row numbers, counted over all files; at random if not given
-    bs:int=64, # Ratings in a training batch
+    bs:int=None, # Ratings in a training batch; 64 if not given, and 2048 where a loss takes whole users
     val_bs:int=8192, # Ratings in a validation batch
     implicit:bool=False, # Leave ratings out: a row is an interaction; so it is without further columns
     duplicates:str=None, # Of pairs: 'keep' or 'raise'; 'keep' with a warning if not given, which takes a look at all

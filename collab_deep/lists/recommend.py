@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from ..models.csr import csr_entries
-from .fold_in import check_list, fold_in
+from .fold_in import check_list, features_of_many, fold_in
 from .recommender import Recommender, as_recommender, check_seen, pair_scores
 from .top import all_scores, list_length, top_lists
 from ..models.base import sharing
@@ -67,6 +67,12 @@ def _table(rec, values, cols):
     items = [ids[i] if i else pd.NA for i in cols[kept].tolist()]
     return pd.DataFrame({'item': items, 'score': values[kept].numpy()})
 
+def _table_of(rec, users, values, cols):
+    "The same for several `users`, with a column of them"
+    lists,lengths = _table(rec, values, cols),(values != -math.inf).sum(1).tolist()
+    lists.insert(0, 'user', [o for o,n in zip(users, lengths) for _ in range(n)])
+    return lists
+
 # %% ../../nbs/collab_deep/lists/04_recommend.ipynb #d001
 def _warn_of_dislikes(rec, ratings):
     "Warn where all ratings are one low number, by which nothing is liked more than anything else"
@@ -83,6 +89,17 @@ def _for_someone_new(rec, ratings, features, k, exclude_seen, allowed):
     alone = replace(rec, seen=(torch.tensor([0, len(rated)]), rated))  # of one user, index 0
     def score(model, _): return all_scores(model, row[None])
     return _table(rec, *next(top_lists(alone, torch.tensor([0]), k, exclude_seen, allowed, score)))
+
+# %% ../../nbs/collab_deep/lists/04_recommend.ipynb #ebcb9c49
+def _for_many(rec, taken, features, k, allowed):
+    "The table for newcomers who took nothing and have the `features`, a row for each"
+    if taken:
+        raise ValueError(f'features of many newcomers go with {{}}, nothing taken, found {len(taken)} items: ask for '
+                         f'one newcomer, with features such as df.iloc[0]')
+    rows = torch.stack([fold_in(rec, {}, o) for o in features_of_many(rec.model, features)])
+    def score(model, numbers): return all_scores(model, rows[numbers])
+    blocks = top_lists(rec, torch.arange(len(rows)), k, False, allowed, score)
+    return _table_of(rec, features.index.tolist(), *(torch.cat(o) for o in zip(*blocks)))
 
 # %% ../../nbs/collab_deep/lists/04_recommend.ipynb #f152
 def _ids_of(rec, users):
@@ -122,23 +139,20 @@ def recommend(
     k:int=10, # Items for each user; fewer where fewer are left
     exclude_seen:bool=True, # Leave out what the user has rated in training?
     filter:Callable|Collection=None, # Which items may be recommended: a function of the id, or a collection of ids
-    features=None, # Of someone new, as for `fold_in`
+    features=None, # Of someone new, as for `fold_in`; or of many who took nothing, a DataFrame with a row for each
 )->pd.DataFrame: # `item`, `score`, best first, after `user` for several; KeyError if none is known, ValueError for NaN
     "The `k` items that `learn` scores highest for a user, or for each of several"
     is_new,k = isinstance(users, (dict, set, frozenset)),list_length(k)
     rec = as_recommender(learn, average=is_new)
     allowed = _allowed(rec, filter)
+    if is_new and isinstance(features, pd.DataFrame): return _for_many(rec, users, features, k, allowed)
     if is_new: return _for_someone_new(rec, users, features, k, exclude_seen, allowed)
     if features is not None:
         raise ValueError('features are for someone new: give what they rated or took, which may be nothing, as in {}')
     if exclude_seen: check_seen(learn)
     one,ids = _ids_of(rec, users)
     values,cols = _best(rec, _rows_of_users(rec, ids), k, exclude_seen, allowed)
-    lists = _table(rec, values, cols)
-    if one: return lists
-    lengths = (values != -math.inf).sum(1).tolist()
-    lists.insert(0, 'user', [o for o,n in zip(ids, lengths) for _ in range(n)])
-    return lists
+    return _table(rec, values, cols) if one else _table_of(rec, ids, values, cols)
 
 # %% ../../nbs/collab_deep/lists/04_recommend.ipynb #c027
 def _predict_rows(rec, df):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .base import CollabModel, KeptTables, split_pairs
 from .embedding import Embedding
-from .features import FeatureParts, encode_features
+from .features import FeatureParts, check_cold, features_of
 
 # %% ../../nbs/collab_deep/models/05_factor.ipynb #c008
 class _ListSum(torch.autograd.Function):
@@ -158,13 +158,6 @@ def _sum_for(y, y_range, y_scale):
     share = min(max((y-low)/(high-low), .01), .99)
     return math.log(share/(1-share))
 
-# %% ../../nbs/collab_deep/models/05_factor.ipynb #c032
-def _check_cold(side, n_features, cold):
-    "`ValueError` for cold ids without features"
-    if not len(cold) or n_features: return
-    raise ValueError(f'cold_{side}s are known by their features alone, found {len(cold)} of them '
-                     f'and n_{side}_features=0: give the features, too')
-
 # %% ../../nbs/collab_deep/models/05_factor.ipynb #c035
 class FactorModel(_FactorScores, CollabModel):
     "Factors and biases of users and items, with what their lists and features add (SVD++ on both sides)"
@@ -181,13 +174,15 @@ class FactorModel(_FactorScores, CollabModel):
         cold_items=(), # Ids of items with features and without ratings
         std:float=None, # Standard deviation of the random start; 0.1/sqrt(n_factors) if not given
         y_scale=None, # Mean and standard deviation of the ratings, in place of `y_range`
+        user_columns=(), # How columns become user features, for newcomers by name; see `features_and_columns`
     ):
-        _check_cold('user', n_user_features, cold_users)
-        _check_cold('item', n_item_features, cold_items)
+        check_cold('user', n_user_features, cold_users)
+        check_cold('item', n_item_features, cold_items)
         std = .1/math.sqrt(n_factors) if std is None else std
         super().__init__(n_users, n_items, y_range, n_factors=n_factors, mean=mean, n_seen=n_seen,
                          n_user_features=n_user_features, n_item_features=n_item_features,
-                         cold_users=list(cold_users), cold_items=list(cold_items), std=std, y_scale=y_scale)
+                         cold_users=list(cold_users), cold_items=list(cold_items), std=std, y_scale=y_scale,
+                         user_columns=list(user_columns))
         self.cold = self.settings['cold_users'],self.settings['cold_items']
         self.users,self.items = Embedding(n_users, n_factors, std),Embedding(n_items, n_factors, std)
         self.users_bias,self.items_bias = Embedding(n_users, 1, 0),Embedding(n_items, 1, 0)
@@ -215,19 +210,6 @@ class FactorModel(_FactorScores, CollabModel):
         rest = [p for p in self.parameters() if p.ndim > 1 and not any(p is b for b in biases)]
         return {1.: rest, .125: biases, 0.: [self.mean]}
 
-# %% ../../nbs/collab_deep/models/05_factor.ipynb #c038
-def _features_of(dls, frames):
-    "Settings and buffers of a model that reads the features `frames`, {side: DataFrame or None}"
-    settings,buffers = {},{}
-    for side,df in frames.items():
-        if df is None: continue
-        ids = list(dls.classes[getattr(dls, side)])
-        cold = df.index[~df.index.isin(ids)].tolist()
-        coded = encode_features(df, [*ids, *cold])
-        settings |= {f'n_{side}_features': coded.shape[1], f'cold_{side}s': cold}
-        buffers |= {f'{side}_features': coded[:len(ids)], f'cold_{side}_features': coded[len(ids):]}
-    return settings,buffers
-
 # %% ../../nbs/collab_deep/models/05_factor.ipynb #c041
 def factor_model(
     dls, # `RatingsDataLoaders`
@@ -239,7 +221,7 @@ def factor_model(
     y_scale=None, # Mean and standard deviation of the ratings, in place of `y_range`
 )->FactorModel: # Untrained
     "Make a `FactorModel` for the users, items and training rows of `dls`"
-    settings,buffers = _features_of(dls, dict(user=user_features, item=item_features))
+    settings,buffers = features_of(dls, dict(user=user_features, item=item_features))
     if implicit:
         ptr,ids = dls.seen
         ptr_back,ids_back = _transposed(ptr, ids, dls.n_items)

@@ -156,6 +156,12 @@ def scale_of(
     return y.mean().item(),y.std(correction=0).item() or 1.
 
 # %% ../../nbs/collab_deep/train/06_choose.ipynb #n024
+def chose_bs(
+    dls, # `RatingsDataLoaders` to train on
+)->bool:
+    "Are batches of whole users, as large as suits these?"
+    return dls.train.by_user and dls.train.asked_bs is None
+
 def said_of(
     dls, # `RatingsDataLoaders`
     model:CollabModel, # That was chosen
@@ -172,5 +178,6 @@ def said_of(
                         f'{type(o).__name__}({o.item_factors.shape[1]} factors)' for o in members)
     too_many = isinstance(model, iALS) and dls.n_items > _largest_for_ease
     why = f' (EASE is for up to {_largest_for_ease:,} items)' if too_many else ''
+    batches = f', batches of {dls.train.bs:,}' if chose_bs(dls) else ''
     trained = ', trained by RowAdamW: a step touches the rows of its batch alone' if by_rows else ''
-    return f'{found}: {chosen}{why}' + (f', loss {loss!r}' if loss.name else '') + trained
+    return f'{found}: {chosen}{why}' + (f', loss {loss!r}' if loss.name else '') + batches + trained

@@ -20,7 +20,7 @@ from ..data.table import check_ratings, check_weights, values_of
 from ..models.base import CollabModel
 from ..models.blend import Blend
 from ..models.by_id import KnownRows
-from ..models.ease import EASE
+from ..models.epochs import usual_epochs
 from .fit import WithoutValidation
 from .learner import CollabLearner, collab_deep_learner
 
@@ -130,7 +130,7 @@ def with_new_rows(
     old = training_rows(dls, weight_name)[~replaced.numpy()]
     new = rows[~held.numpy()][list(old)]
     fresh = type(dls).from_df(
-        pd.concat([old, new], ignore_index=True), dls.user, dls.item, dls.rating, 0, bs=dls.train.bs,
+        pd.concat([old, new], ignore_index=True), dls.user, dls.item, dls.rating, 0, bs=dls.train.asked_bs,
         implicit=dls.rating is None, duplicates='keep', weight_name=weight_name, path=dls.path, device=dls.device)
     valid = RatingsDL(_validation(dls, fresh), bs=dls.valid.bs)
     said = f'{len(new):,} new rows'
@@ -150,14 +150,6 @@ def _check_continues(learn):
     if (isinstance(model, Blend) or any(solves)) and not all(solves):
         raise TypeError(f'this {type(model).__name__} is of models that were trained apart: partial_fit each of their '
                         f'learners, and put the models together again')
-
-# %% ../../nbs/collab_deep/train/12_continued.ipynb #n030
-def usual_epochs(
-    model, # `CollabModel`
-)->int:
-    "Epochs that a model takes after new rows: 2, of what is solved 4 turns, or 1 where there are no turns"
-    if not model.solves: return 2
-    return 1 if all(isinstance(o, EASE) for o in getattr(model, 'members', [model])) else 4
 
 # %% ../../nbs/collab_deep/train/12_continued.ipynb #n032
 def _train(learn, epochs):
@@ -186,7 +178,7 @@ def partial_fit(
     set_seed(seed)
     print(said, end='. ')
     new = collab_deep_learner(dls, model=learn, **dict(metrics=learn.metrics, path=learn.path) | rates | kwargs)
-    epochs = usual_epochs(new.model) if epochs is None else epochs
+    epochs = usual_epochs(new.model, new.ranks, goes_on=True) if epochs is None else epochs
     if new.model.solves or not hasattr(new.model, 'members'): _train(new, epochs)
     else: _train_members(new, epochs, lr=new.lr, wd=new.wd)
     return new

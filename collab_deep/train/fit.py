@@ -13,6 +13,7 @@ from fastai.learner import Learner
 from fastai.torch_core import set_seed
 
 from ..models.blend import Blend
+from ..models.epochs import usual_epochs
 from .choose import solved_names
 from .learner import CollabLearner, collab_deep_learner
 from .losses import CollabLoss
@@ -20,8 +21,6 @@ from paddy_multi.core.finite import OwnEvents
 from paddy_multi.core.values import is_whole
 
 # %% ../../nbs/collab_deep/train/11_fit.ipynb #n007
-_epochs = dict(ease=1, ials=12, blend=12, auto=12, dot=5, nn=5, factor=5) # turns, or epochs; losses on lists have 10
-
 def names_of_models():
     "All names that `fit_model` knows: of models, and of losses on lists for `DotProductBias`"
     return [*solved_names, 'dot', 'nn', 'factor', *(name for name,o in CollabLoss.registry.items() if o.ranks)]
@@ -70,7 +69,7 @@ def fit_model(
     set_seed(seed)
     kind = dict(model=name) if name in (*solved_names, 'dot', 'nn', 'factor') else dict(loss=name)
     learn = collab_deep_learner(dls, **kind, **kwargs)
-    epochs = _epochs.get(name, 10) if epochs is None else epochs
+    epochs = usual_epochs(learn.model, learn.ranks) if epochs is None else epochs
     fit = learn.fit if learn.model.solves else learn.fit_one_cycle
     with learn.no_bar(), learn.no_logging(): fit(epochs, cbs=WithoutValidation())
     return learn

@@ -23,7 +23,7 @@ from ..models.dot import DotProductBias
 from ..models.factor import FactorModel, factor_model
 from ..models.nn import EmbeddingNN
 from ..models.sharded import refuse_shards
-from .choose import default_loss, said_of, scale_of, solved_model, solved_names
+from .choose import chose_bs, default_loss, said_of, scale_of, solved_model, solved_names
 from .losses import CollabLoss, as_loss
 from .optimizer import RowAdamW, fused_adamw, lr_wd_for, row_adamw
 from .sampled import SampledSoftmaxLoss # enters its name
@@ -233,13 +233,13 @@ def collab_deep_learner(
     loss = default_loss(dls, model) if loss is None and before is None else loss_like(before, loss, dls)
     loss.check(dls, model.y_range if known and not loss.ranks else y_range)
     right_for_64 = (6e-3, .315) if model == 'factor' or known and isinstance(model, FactorModel) else loss.lr_wd
-    usual_lr,usual_wd = lr_wd_for(dls.train.bs, *right_for_64)
     model = _make_model(dls, loss, model, n_factors, use_nn, emb_szs, layers, y_range, config or {})
     loss.check_model(model)
-    by_rows = opt_func is None and loss.by_rows(dls)
-    if chosen or known or by_rows: print(known or said_of(dls, model, loss, by_rows))
-    know_ids(model, dls.vocab)
     dls = kept_apart(loss, dls)
+    usual_lr,usual_wd = lr_wd_for(dls.train.bs, *right_for_64)
+    by_rows = opt_func is None and loss.by_rows(dls)
+    if chosen or known or by_rows or chose_bs(dls): print(known or said_of(dls, model, loss, by_rows))
+    know_ids(model, dls.vocab)
     extra,weighs = loss.callbacks(dls),dls.weights_of('train') is not None
     learn = CollabLearner(
         dls, model, WeighedLoss(loss.loss_func) if weighs else loss.loss_func,
