@@ -325,3 +325,10 @@ def test_what_only_solving_needs_is_let_go():
     assert learn.model.sides is None
     both = fit_model(loaders(synthetic()), 'blend', 2)
     assert [o.sides for o in both.model.members if hasattr(o, 'sides')] == [None]
+
+
+def test_batches_that_nobody_asked_for_are_larger_than_those_of_all_items():
+    dls = RatingsDataLoaders.from_df(synthetic(), seed=0, device='cpu')
+    sizes = [collab_deep_learner(dls, loss=o).dls.train.bs for o in ('softmax', 'sampled_softmax')]
+    assert sizes == [2048, 8192] and dls.train.bs == 64
+    assert collab_deep_learner(loaders(synthetic(), bs=32), loss='sampled_softmax').dls.train.bs == 32

@@ -30,15 +30,16 @@ class RatingsDL(TfmdDL):
     "Batches of a `RatingsDataset`: long pairs [bs, 2], float ratings [bs], and float weights [bs] where it has them"
     def __init__(self,
         dataset, # A `RatingsDataset`
-        bs=None, # Ratings in a batch; 64 if not given, and 2048 of whole users
+        bs=None, # Ratings in a batch; 64 if not given, and `by_user_bs` of whole users
         shuffle=False, # In another order each epoch?
         drop_last=False, # Leave out what does not fill a batch?
         num_workers=0, # As in fastai; taken and not needed
         by_user=False, # Shuffle users, and keep the rows of each together?
+        by_user_bs=2048, # Ratings in a batch of whole users where `bs` is not given
         **kwargs, # For fastai's `TfmdDL`
     ):
-        usual = 2048 if by_user else 64
-        self.by_user,self.usual_bs = by_user,(usual if bs is None else None)
+        usual = by_user_bs if by_user else 64
+        self.by_user,self.by_user_bs,self.usual_bs = by_user,by_user_bs,(usual if bs is None else None)
         if bs is None: bs = usual
         if not is_whole(bs):
             raise ValueError(f'bs is the number of ratings in a batch, a positive integer; found {bs!r}')
@@ -63,7 +64,8 @@ class RatingsDL(TfmdDL):
 
     def new(self, dataset=None, cls=None, **kwargs):
         "The same loader with another dataset or other arguments"
-        own = dict(by_user=self.by_user, bs=self.asked_bs) if issubclass(cls or type(self), RatingsDL) else {}
+        own = dict(by_user=self.by_user, by_user_bs=self.by_user_bs, bs=self.asked_bs)
+        if not issubclass(cls or type(self), RatingsDL): own = {}
         return super().new(dataset, cls, **{**own, **kwargs})
 
     def batch_sizes(self,
@@ -197,10 +199,12 @@ def weights_of(self:RatingsDataLoaders,
 
 # %% ../../nbs/collab_deep/data/09_loaders.ipynb #l0134
 @patch
-def by_user(self:RatingsDataLoaders)->RatingsDataLoaders: # These loaders stay as they are
+def by_user(self:RatingsDataLoaders,
+    bs:int=2048, # Ratings in a training batch where none were asked for
+)->RatingsDataLoaders: # These loaders stay as they are
     "Loaders of the same datasets, whose training loader shuffles users and keeps the rows of each together"
     train,*others = self.loaders
-    loaders = train.new(shuffle=True, by_user=True),*(o.new() for o in others)
+    loaders = train.new(shuffle=True, by_user=True, by_user_bs=bs),*(o.new() for o in others)
     return type(self)(*loaders, path=self.path, device=self.device)
 
 # %% ../../nbs/collab_deep/data/09_loaders.ipynb #l015

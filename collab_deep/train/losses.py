@@ -229,13 +229,13 @@ def softmax_loss(
 class SoftmaxLoss(RankingLoss):
     "What was taken is picked out of all items"
     name,loss_func = 'softmax',staticmethod(softmax_loss)
-    lr_wd = 8e-3,.04
+    lr_wd,bs = (8e-3, .04),2048 # the size of batches where none is asked for
     def __init__(self,
         weights='above lowest', # How much a row counts: by its rating, by a function of all ratings, or `None`: as all
     ): self.weights = weights
 
     def callbacks(self, dls): return [SoftmaxCallback(self.weigher(dls))]
-    def loaders(self, dls): return super().loaders(dls).by_user()
+    def loaders(self, dls): return super().loaders(dls).by_user(self.bs)
 
 # %% ../../nbs/collab_deep/train/02_losses.ipynb #c045
 def _made(loss):

@@ -118,7 +118,7 @@ class RowUpdates(OwnEvents):
 # %% ../../nbs/collab_deep/train/05_sampled.ipynb #1945a234
 class SampledSoftmaxLoss(SoftmaxLoss):
     "What was taken is picked out of `n` items that a batch draws"
-    name = 'sampled_softmax'
+    name,bs = 'sampled_softmax',8192
     large = 20_000 # users and items from which on `RowAdamW` trains them
     def __init__(self,
         n:int=1024, # Items drawn for all rows of a batch
