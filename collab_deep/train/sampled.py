@@ -119,7 +119,7 @@ class RowUpdates(OwnEvents):
 class SampledSoftmaxLoss(SoftmaxLoss):
     "What was taken is picked out of `n` items that a batch draws"
     name,bs = 'sampled_softmax',8192
-    large = 20_000 # users and items from which on `RowAdamW` trains them
+    large = 16 # from this many times the rows of a batch on, tables are trained by `RowAdamW`
     def __init__(self,
         n:int=1024, # Items drawn for all rows of a batch
         by:str='popularity', # Draw by how often an item was taken, or 'uniform'
@@ -133,7 +133,7 @@ class SampledSoftmaxLoss(SoftmaxLoss):
         sample = SharedSample(dls.item_counts, self.n, self.by)
         return [SampledSoftmaxCallback(sample, self.weigher(dls)), RowUpdates()]
 
-    def by_rows(self, dls): return dls.n_users + dls.n_items >= self.large
+    def by_rows(self, dls): return dls.n_users + dls.n_items >= self.large*(dls.train.bs + self.n)
 
     def check_model(self, model):
         if all(has_rows(o) for o in getattr(model, 'members', [model])): return
