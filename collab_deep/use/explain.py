@@ -35,8 +35,11 @@ def cosines(
     row:int, # Which of them to compare with
 )->Tensor: # [n]
     "Cosine of the angle between one row of `factors` and each row; 0 for a row of zeros"
-    unit = torch.nn.functional.normalize(factors.double(), eps=1e-300)  # squares of large ones overflow in float32
-    return (unit @ unit[row]).float()
+    one,res = factors[row].double(),[]
+    for block in factors.split(max(1, 2**20//factors.shape[1])):  # EASE has a row as long as all items for each item
+        block = block.double()  # squares of large ones overflow in float32
+        res.append(block @ one/block.norm(dim=1).clamp(min=1e-300))
+    return (torch.cat(res)/one.norm().clamp(min=1e-300)).float()
 
 # %% ../../nbs/collab_deep/use/00_explain.ipynb #x002
 def _nearest(rec, side, one, k, min_ratings):
