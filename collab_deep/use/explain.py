@@ -6,6 +6,8 @@
 __all__ = ['factors_of', 'cosines', 'similar_items', 'similar_users', 'item_bias', 'plot_factors', 'explain', 'nearest_seen']
 
 # %% ../../nbs/collab_deep/use/00_explain.ipynb #c003
+from numbers import Real
+
 import pandas as pd
 import torch
 from torch import Tensor
@@ -44,6 +46,8 @@ def cosines(
 # %% ../../nbs/collab_deep/use/00_explain.ipynb #x002
 def _nearest(rec, side, one, k, min_ratings):
     "The `k` ids of a side, 'user' or 'item', whose factors are most like those of `one`"
+    if not isinstance(min_ratings, Real) or min_ratings != min_ratings:
+        raise ValueError(f'min_ratings is how many ratings in training it takes to be listed; found {min_ratings!r}')
     factors,counts = factors_of(rec, side),getattr(rec, f'{side}_counts')
     name = getattr(rec, side)
     row,k = rec.known(name, [one]).item(),list_length(k)
