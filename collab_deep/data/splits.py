@@ -34,7 +34,7 @@ def _random_split(n, valid_pct, seed):
     "What fastai's `RandomSplitter` gives, without touching the global seed and without a list of Python numbers"
     _check_share(valid_pct)
     check_seed(seed)
-    gen = None if seed is None else torch.Generator().manual_seed(seed)
+    gen = None if seed is None else torch.Generator().manual_seed(int(seed))
     order = torch.randperm(n, generator=gen, dtype=torch.int32 if n < 2**31 else torch.int64).numpy()
     cut = int(valid_pct*n)
     return order[cut:], order[:cut]
