@@ -88,7 +88,7 @@ def check_list(
     ids, # What was given as ids
     name:str, # Of their column
 ):
-    "`TypeError` for a frame or a single id, and for a Series whose numbers may as well be ratings of what its index holds"
+    "`TypeError` for a frame, one id, or a Series whose numbers may as well be ratings of what its index holds"
     if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable) or getattr(ids, 'ndim', 1) == 0:
         raise TypeError(f'expected a list of {name}, found one: {ids!r:.60}')
     if isinstance(ids, pd.DataFrame):
