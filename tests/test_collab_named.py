@@ -32,7 +32,8 @@ def loaders(df=FEW, **kwargs):
 
 
 # --- features by name -------------------------------------------------------------------------------------------------
-cells = st.tuples(st.one_of(st.none(), st.floats(-1e6, 1e6)), st.one_of(st.none(), st.sampled_from(['a', 'b|c', 'a|b'])),
+cells = st.tuples(st.one_of(st.none(), st.floats(-1e6, 1e6)),
+                  st.one_of(st.none(), st.sampled_from(['a', 'b|c', 'a|b'])),
                   st.one_of(st.none(), st.sampled_from([1, 2, 3])), st.booleans())
 
 @settings(max_examples=60, deadline=None)
@@ -98,7 +99,7 @@ def test_a_frame_of_newcomers_gives_a_list_for_each(tmp_path):
     assert one.user.tolist() == ['y']*3 and set(one['item']) == set(rec.items[1:4])
     for odd, text in ((new[:0], 'found none'), (new[['age']], "found ['age']")):
         with pytest.raises(ValueError, match=re.escape(text)): recommend(rec, {}, features=odd)
-    with pytest.raises(ValueError, match=re.escape('go with {}, nothing taken, found 1')):
+    with pytest.raises(TypeError, match=re.escape('go with {}, nothing taken, found 1')):
         recommend(rec, {rec.items[1]}, features=new)
     with pytest.raises(ValueError, match='features are for someone new'): recommend(rec, 1, features=new)
 

@@ -580,3 +580,38 @@ def test_weights_with_fastais_losses(table):
         return gradients_of(collab_deep_learner(dls, 5, y_range=(0, 6), loss=loss))
     plain,flat = map(loss_of, ('mse', MSELossFlat()))
     assert plain[0] == pytest.approx(flat[0], rel=1e-5)
+
+
+def plain_rank_share(scores, dls):
+    "Per held-out row of an item that training has: how far down its user's list it stands, by a loop"
+    (x,_),(held,y) = (dls.ratings_of(o) for o in ('train', 'valid'))
+    taken = {u: set(x[x[:,0] == u,1].tolist()) for u in range(dls.n_users)}
+    found = []
+    for (u, i),stars in zip(held.tolist(), y.tolist()):
+        if not i: continue
+        others = [j for j in range(1, dls.n_items) if j not in taken[u] and j != i]
+        above = sum((scores[u][j] > scores[u][i]) + (scores[u][j] == scores[u][i])/2 for j in others)
+        found.append((above/len(others), stars - dls.y_min))
+    shares,weights = np.array(found).T
+    return (shares*weights).sum()/weights.sum()
+
+
+def standardised_by_hand(s):
+    known = s[:,1:]
+    return (s - known.mean(1)[:,None])/known.std(1)[:,None]
+
+
+@pytest.mark.parametrize('shares', [None, [3, 1], [0, 1]])
+def test_the_validation_of_a_blend_and_of_its_members(held, shares):
+    "Scores of the members by their factors in numpy, put together and ranked by loops"
+    ease,ials = fit_ease(held, 20.),fit_ials(held, 3, n_factors=4)
+    both = blend([ease, ials], shares=shares)
+    users = torch.arange(held.n_users)
+    rows,weights = ease.model.user_rows(users).numpy(),ease.model.weights.detach().numpy()
+    factors = [o.weight.detach().double().numpy() for o in (ials.model.users, ials.model.items)]
+    by_hand = rows.astype(float) @ weights,factors[0] @ factors[1].T
+    one,two = (.5, .5) if shares is None else np.array(shares)/sum(shares)
+    put_together = one*standardised_by_hand(by_hand[0]) + two*standardised_by_hand(by_hand[1])
+    for learn,scores in ((ease, by_hand[0]), (ials, by_hand[1]), (both, put_together)):
+        with learn.no_bar(), learn.no_logging(): found = learn.validate()[0]
+        assert found == pytest.approx(plain_rank_share(scores.tolist(), held), abs=2e-4), type(learn.model).__name__

@@ -414,7 +414,7 @@ def test_parquet(ml, tmp_path):
 
 @pytest.mark.parametrize('text, said', [
     ('1\t31\t2.5\t1260759144\n', "the first line holds '1', a number: is it a row"),     # not called u.data
-    ('A3AF,0078,5.0,1092182400\n', r"header=\['user', 'item', 'rating', 'timestamp'\]; found \['A3AF', '0078'"),
+    ('A3AF,0078,5.0,1092182400\n', r"header=\['user', 'item', 'rating', 'timestamp'\], or say header=True"),
     ('1::F::1::10::48067\n', 'Then name its 5 columns'), ('"7";"8"\n', 'Then name its 2 columns')])
 def test_files_without_names_ask_for_them(tmp_path, text, said):
     (tmp_path/'r.txt').write_text(text*3)

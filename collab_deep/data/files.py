@@ -120,7 +120,7 @@ def _read(file, sep, encoding, header, kwargs):
 
 # %% ../../nbs/collab_deep/data/06_files.ipynb #461929d7
 def _names_given(header):
-    "Names as a list, `True` for those of the first line, or `None`; `TypeError` or `ValueError` for what is none of these"
+    "Names as a list, `True` for those of the first line, or `None`; an error for what is none of these"
     if header is None or header is True: return header
     names = [o.strip() for o in header.split(',')] if isinstance(header, str) else header
     if not isinstance(names, (list, tuple, pd.Index)) or not all(isinstance(o, str) for o in names):

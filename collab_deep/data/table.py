@@ -27,9 +27,9 @@ def check_id_column(ids):
     values = ids
     if isinstance(ids.dtype, pd.CategoricalDtype): values = ids.cat.remove_unused_categories().cat.categories
     if values.dtype == object and pd.api.types.infer_dtype(values).startswith('mixed'):
-        raise TypeError(f'{ids.name} holds ids of mixed types, {sorted({type(o).__name__ for o in values})}, '
-                        'so that 1 and "1" would be two: convert them, '
-                        f"as with ratings.astype({{{ids.name!r}: str}})")
+        kinds = sorted({type(o).__name__ for o in values})
+        why = f'mixed types, {kinds}, so that 1 and "1" would be two' if len(kinds) > 1 else f'type {kinds[0]}'
+        raise TypeError(f'{ids.name} holds ids of {why}: convert them, as with ratings.astype({{{ids.name!r}: str}})')
     if pd.api.types.is_complex_dtype(values) or pd.api.types.is_float_dtype(values): _check_whole(ids.name, values)
     else: _check_text(ids.name, [o for o in values.unique() if isinstance(o, str)])
 

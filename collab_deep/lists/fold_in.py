@@ -6,6 +6,7 @@
 __all__ = ['fold_row', 'check_reads_features', 'fold_in']
 
 # %% ../../nbs/collab_deep/lists/03_fold_in.ipynb #c003
+from collections.abc import Iterable
 from numbers import Real
 
 import numpy as np
@@ -64,6 +65,9 @@ def _check_on_scale(item, rating, scale):
     "`ValueError` for a rating that is lower or higher than all of training"
     if scale is None: return
     lowest,highest = scale
+    if isinstance(rating, bool) and highest > 1:
+        raise ValueError(f'ratings of training go from {lowest:g} to {highest:g}, found {rating} for {item!r}, which '
+                         f'would be {rating:d}: give a number; what was taken without a rating goes into a list')
     rounding = 1e-6*max(abs(lowest), abs(highest))
     if lowest - rounding <= rating <= highest + rounding: return
     raise ValueError(f'ratings of training go from {lowest:g} to {highest:g}, found {rating!r} for {item!r}: '
@@ -84,8 +88,9 @@ def check_list(
     ids, # What was given as ids
     name:str, # Of their column
 ):
-    "`TypeError` for a frame or text, and for a Series whose numbers may as well be ratings of what its index holds"
-    if isinstance(ids, (str, bytes)): raise TypeError(f'expected a list of {name}, found one: {ids!r:.60}')
+    "`TypeError` for a frame, one id, or a Series whose numbers may as well be ratings of what its index holds"
+    if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable) or getattr(ids, 'ndim', 1) == 0:
+        raise TypeError(f'expected a list of {name}, found one: {ids!r:.60}')
     if isinstance(ids, pd.DataFrame):
         raise TypeError(f'expected a list of {name}, found a DataFrame with the columns {list(ids.columns)}: '
                         f'give one of them, as in df[{name!r}]')
@@ -184,7 +189,8 @@ def fold_in(
     rec = as_recommender(learn)
     refuse_shards(rec.model, 'fold_in')
     check_list(ratings, rec.item)
-    items,features = list(dict.fromkeys(ratings)),_features(rec.model, features)
+    taken = ratings.tolist() if hasattr(ratings, 'tolist') else ratings
+    items,features = list(dict.fromkeys(taken)),_features(rec.model, features)
     if items and rec.ranks and isinstance(ratings, dict) and not rec.model.reads_ratings:
         raise ValueError(f'the model was trained for the order of lists and has no ratings to compare with: '
                          f'give the items that were taken alone, as in {set(items[:2])!r}; found {ratings}')

@@ -16,6 +16,7 @@ from ..data.dataset import RatingsDataset
 from ..data.duplicates import merge_pairs
 from ..data.frames import frame_of, with_text_ids
 from ..data.loaders import RatingsDL
+from ..data.splits import check_seed
 from ..data.table import check_ratings, check_weights, values_of
 from ..models.base import CollabModel
 from ..models.blend import Blend
@@ -23,6 +24,7 @@ from ..models.by_id import KnownRows
 from ..models.epochs import usual_epochs
 from .fit import WithoutValidation
 from .learner import CollabLearner, collab_deep_learner
+from paddy_multi.core.values import is_whole
 
 # %% ../../nbs/collab_deep/train/12_continued.ipynb #n011
 def as_given(
@@ -60,8 +62,11 @@ def _check_weighs(dls, weight_name):
 
 # %% ../../nbs/collab_deep/train/12_continued.ipynb #d467c6ae
 def _warn_of_scale(dls, df):
-    "Warn of new ratings that are lower or higher than all of training"
+    "Warn of new ratings that are lower or higher than all of training; `ValueError` for True among stars"
     if dls.rating is None: return
+    if dls.y_max > 1 and pd.api.types.infer_dtype(df[dls.rating]) == 'boolean':
+        raise ValueError(f'ratings of training go from {dls.y_min:g} to {dls.y_max:g}, and new ones are True or False, '
+                         f'which would be 1 or 0: give numbers on the same scale')
     values = values_of(df[dls.rating])
     off = (values < dls.y_min) | (values > dls.y_max)
     if not off.any(): return
@@ -139,8 +144,11 @@ def with_new_rows(
     return type(dls)(fresh.train, valid, path=dls.path, device=dls.device),said
 
 # %% ../../nbs/collab_deep/train/12_continued.ipynb #n028
-def _check_continues(learn):
-    "`TypeError` for what cannot be trained on"
+def _check_continues(learn, epochs=None, seed=0):
+    "`TypeError` for what cannot be trained on, `ValueError` for other than whole numbers"
+    if not (epochs is None or is_whole(epochs, 0)):
+        raise ValueError(f'epochs is how often to go over all ratings, an integer of 0 or more; found {epochs!r}')
+    check_seed(seed)
     if not isinstance(learn, CollabLearner):
         raise TypeError(f'partial_fit goes on with a learner of collab_deep, which holds its rows; found '
                         f'{type(learn).__name__}. Start from a Recommender by collab_deep_learner(dls, model=...)')
@@ -172,7 +180,7 @@ def partial_fit(
     **kwargs, # For `collab_deep_learner`
 )->CollabLearner: # For old and new users and items
     "Go on with `learn` after `new_rows` have come; what they are is said"
-    _check_continues(learn)
+    _check_continues(learn, epochs, seed)
     dls,said = with_new_rows(as_given(learn.dls), new_rows, weight_name, duplicates)
     rates = {} if learn.model.solves else dict(lr=learn.lr, wd=learn.wd)
     set_seed(seed)

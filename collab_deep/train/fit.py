@@ -12,6 +12,7 @@ from fastai.callback.core import CancelValidException
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
 
+from ..data.splits import check_seed
 from ..models.blend import Blend
 from ..models.epochs import usual_epochs
 from .choose import solved_names
@@ -45,11 +46,12 @@ def check_epochs(
     if is_whole(epochs): return
     raise ValueError(f'epochs is how often to go over all ratings, a positive integer; found {epochs!r}')
 
-def _check_arguments(dls, epochs, given):
+def _check_arguments(dls, epochs, seed, given):
     "`TypeError` or `ValueError` for loaders, epochs and arguments that would be refused deep inside"
     if not hasattr(dls, 'ratings_of'):
         raise TypeError(f'expected loaders, as RatingsDataLoaders.from_df(df) gives; found {type(dls).__name__}')
     if epochs is not None: check_epochs(epochs)
+    check_seed(seed)
     known = {*signature(collab_deep_learner).parameters, *signature(Learner).parameters}
     if unknown := sorted(given.keys() - known):
         raise TypeError(f'{unknown} are no arguments of collab_deep_learner: settings of a model go into '
@@ -65,7 +67,7 @@ def fit_model(
 )->CollabLearner: # ValueError for an unknown name
     "Make a learner and fit it, silently but for what was chosen"
     check_name(name)
-    _check_arguments(dls, epochs, kwargs)
+    _check_arguments(dls, epochs, seed, kwargs)
     set_seed(seed)
     kind = dict(model=name) if name in (*solved_names, 'dot', 'nn', 'factor') else dict(loss=name)
     learn = collab_deep_learner(dls, **kind, **kwargs)

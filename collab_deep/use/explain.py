@@ -6,6 +6,8 @@
 __all__ = ['factors_of', 'cosines', 'similar_items', 'similar_users', 'item_bias', 'plot_factors', 'explain', 'nearest_seen']
 
 # %% ../../nbs/collab_deep/use/00_explain.ipynb #c003
+from numbers import Real
+
 import pandas as pd
 import torch
 from torch import Tensor
@@ -35,12 +37,17 @@ def cosines(
     row:int, # Which of them to compare with
 )->Tensor: # [n]
     "Cosine of the angle between one row of `factors` and each row; 0 for a row of zeros"
-    unit = torch.nn.functional.normalize(factors.double(), eps=1e-300)  # squares of large ones overflow in float32
-    return (unit @ unit[row]).float()
+    one,res = factors[row].double(),[]
+    for block in factors.split(max(1, 2**20//factors.shape[1])):  # EASE has a row as long as all items for each item
+        block = block.double()  # squares of large ones overflow in float32
+        res.append(block @ one/block.norm(dim=1).clamp(min=1e-300))
+    return (torch.cat(res)/one.norm().clamp(min=1e-300)).float()
 
 # %% ../../nbs/collab_deep/use/00_explain.ipynb #x002
 def _nearest(rec, side, one, k, min_ratings):
     "The `k` ids of a side, 'user' or 'item', whose factors are most like those of `one`"
+    if not isinstance(min_ratings, Real) or min_ratings != min_ratings:
+        raise ValueError(f'min_ratings is how many ratings in training it takes to be listed; found {min_ratings!r}')
     factors,counts = factors_of(rec, side),getattr(rec, f'{side}_counts')
     name = getattr(rec, side)
     row,k = rec.known(name, [one]).item(),list_length(k)

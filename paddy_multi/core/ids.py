@@ -23,11 +23,13 @@ def kind_of_id(
     return 'a number' if isinstance(o, numbers.Number) else type(o).__name__
 
 # %% ../../nbs/paddy_multi/core/10_ids.ipynb #n021
+_no_width = dict.fromkeys([0x200b, 0x2060, 0xfeff])  # spaces of no width, and the mark at the start of a file
+
 def one_spelling(
     o:str, # An id that is text
-)->str: # In the composed form of Unicode, without spaces around
+)->str: # In the composed form of Unicode, without spaces around, and without those of no width
     "What two ids that look the same have in common"
-    return unicodedata.normalize('NFC', o.strip())
+    return unicodedata.normalize('NFC', o.translate(_no_width).strip())
 
 def how_to_spell(
     o:str, # An id
@@ -36,6 +38,8 @@ def how_to_spell(
 )->str: # For a message
     "How to make one of two ids that look the same"
     if o.strip() == other.strip(): return f'take the spaces off, as with {column}.str.strip()'
+    if (o + other).translate(_no_width) != o + other:
+        return f"take out what has no width, as with {column}.str.replace('[\\u200b\\u2060\\ufeff]', '', regex=True)"
     form = 'NFC' if unicodedata.is_normalized('NFC', other) else 'NFD'
     return f'write them in one form, as with {column}.str.normalize({form!r})'
 
