@@ -20,7 +20,7 @@ class Model(str, Enum):
 
 class Loss(str, Enum):
     "What training minimises"
-    softmax,bpr,mse = 'softmax','bpr','mse'
+    softmax,sampled_softmax,bpr,mse = 'softmax','sampled_softmax','bpr','mse'
 
 # %% ../../nbs/collab_deep/cli/03_models.ipynb #n008
 _solved = 'ease','ials','blend','auto'  # which have no loss and no batches

@@ -71,7 +71,7 @@ def train(
     ratings:option(Path, 'The same, as an option.', metavar='FILE')=None,
     model:option(Model, 'auto, blend, ease, ials: solved, for lists; factor, dot, nn: trained, for ratings, '
                         'or for lists with --loss. auto if neither is given, dot with --loss alone.')=None,
-    loss:option(Loss, 'softmax or bpr for lists, mse for ratings.')=None,
+    loss:option(Loss, 'softmax, sampled_softmax or bpr for lists, mse for ratings.')=None,
     factors:option(int, 'Numbers learned for each user and item; 32 for ials, else 50.', min=2)=None,
     epochs:option(int, _epochs_help, min=1)=None,
     bs:option(int, 'Ratings a batch; 512 if not given.', min=1)=None,
