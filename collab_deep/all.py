@@ -18,6 +18,7 @@ from .models.weights import *
 from .models.sharded import *
 from .models.by_id import *
 from .models.carried import *
+from .models.sequence import *
 from .models.plain import *
 from .models.newcomers import *
 from .data.movielens import *

@@ -58,10 +58,10 @@ def _say(df, names, numbers, n, duplicates):
     warnings.warn(f"{text}: all of them count. Say {ways} without this warning", stacklevel=4)
 
 # %% ../../nbs/collab_deep/data/05_duplicates.ipynb #n0151
-def _merged(df, numbers, n, names, duplicates):
+def _merged(df, numbers, n, names, duplicates, time=None):
     "The last row of each pair, with mean ratings and summed weights if asked for; says by what it is the last"
     *_,rating,weight = names
-    time = time_column(df, names)
+    if time is None: time = time_column(df, names)
     rows = _last_rows(df, numbers, time)
     if duplicates == 'last':
         by = f'column {time!r}' if time else 'order of rows, since no column has a known name for times'
@@ -78,6 +78,7 @@ def merge_pairs(
     rating:str|None, # Column of ratings, `None` for interactions
     duplicates:str=None, # 'keep', 'last', 'mean' or 'raise'; 'keep', with a warning for ratings, if not given
     weight:str=None, # Column of weights
+    time:str=None, # Column of times; recognised by its name if not given
 )->pd.DataFrame: # The frame itself if no row is left out
     "Ratings with what is meant to be left of pairs that come twice"
     if duplicates not in (None, 'keep', 'last', 'mean', 'raise'):
@@ -85,7 +86,8 @@ def merge_pairs(
     if duplicates == 'keep' or (duplicates is None and rating is None): return df
     numbers = _pair_numbers(df, user, item)
     n = _n_repeated(numbers)
-    if n and duplicates in ('last', 'mean'): return _merged(df, numbers, n, [user, item, rating, weight], duplicates)
+    names = [user, item, rating, weight]
+    if n and duplicates in ('last', 'mean'): return _merged(df, numbers, n, names, duplicates, time)
     if n: _say(df, [user, item], numbers, n, duplicates)
     return df
 
