@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, ModuleList
 
-from . import dot, ease, factor, ials, nn # so that their models are in the registry
+from . import dot, ease, factor, ials, nn, sequence # so that their models are in the registry
 from .base import CollabModel
 from paddy_multi.core.facts import remember
 
@@ -116,6 +116,8 @@ class Ensemble(_MemberRows, _MemberFactors, CollabModel):
     def solves(self): return all(m.solves for m in self.members)
     @property
     def reads_ratings(self): return all(m.reads_ratings for m in self.members)
+    @property
+    def reads_order(self): return any(m.reads_order for m in self.members)
 
     def solve(self, data, turn=0):
         for m in self.members: m.solve(data, turn)

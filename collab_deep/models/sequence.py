@@ -22,10 +22,9 @@ class CausalAttention(nn.Module):
     def __init__(self,
         n_factors:int, # Width of a place
         n_heads:int, # Means side by side, each of `n_factors/n_heads` numbers
-        dropout:float, # Share of the weights that training leaves out
     ):
         super().__init__()
-        self.n_heads,self.dropout = n_heads,dropout
+        self.n_heads = n_heads
         self.query_key_value,self.out = nn.Linear(n_factors, 3*n_factors),nn.Linear(n_factors, n_factors)
 
     def forward(self,
@@ -34,8 +33,7 @@ class CausalAttention(nn.Module):
         m,length,width = x.shape
         by_head = self.query_key_value(x).view(m, length, 3, self.n_heads, width//self.n_heads)
         query,key,value = by_head.permute(2, 0, 3, 1, 4)
-        mean = F.scaled_dot_product_attention(query, key, value, is_causal=True,
-                                              dropout_p=self.dropout if self.training else 0.)
+        mean = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.out(mean.transpose(1, 2).reshape(m, length, width))
 
 # %% ../../nbs/collab_deep/models/16_sequence.ipynb #ec0ae779
@@ -47,15 +45,15 @@ class Block(nn.Module):
         dropout:float, # Share of numbers that training leaves out
     ):
         super().__init__()
-        self.norm_1,self.attention = nn.LayerNorm(n_factors),CausalAttention(n_factors, n_heads, dropout)
+        self.norm_1,self.attention = nn.LayerNorm(n_factors),CausalAttention(n_factors, n_heads)
         self.norm_2,self.drop = nn.LayerNorm(n_factors),nn.Dropout(dropout)
-        self.wider,self.back = nn.Linear(n_factors, 4*n_factors),nn.Linear(4*n_factors, n_factors)
+        self.first,self.second = nn.Linear(n_factors, n_factors),nn.Linear(n_factors, n_factors)
 
     def forward(self,
         x:Tensor, # Sequences, [m, length, n_factors]
     )->Tensor: # Of the same shape
         x = x + self.drop(self.attention(self.norm_1(x)))
-        return x + self.drop(self.back(self.drop(F.relu(self.wider(self.norm_2(x))))))
+        return x + self.drop(self.second(self.drop(F.relu(self.first(self.norm_2(x))))))
 
 # %% ../../nbs/collab_deep/models/16_sequence.ipynb #3a970998
 def last_items(
@@ -163,6 +161,18 @@ class SASRec(KeepsSequences):
         for block in self.blocks: x = block(x)
         return self.norm(x)
 
+    def states_at(self, windows, lengths, places, together=16):
+        "What stands at `places`, a window and a place in it for each, [n, n_factors]; like lengths are read together"
+        order = lengths.argsort()
+        parts,first,n = [],torch.empty_like(order),0
+        for some in order.split(together):
+            longest = int(lengths[some[-1]])
+            parts.append(self.states(windows[some,:longest], lengths[some]).flatten(0, 1))
+            first[some] = n + torch.arange(len(some), device=order.device)*(longest + 1)
+            n += len(parts[-1])
+        window,place = places
+        return torch.cat(parts)[first[window] + place]
+
     def last_states(self, windows, lengths):
         "What stands at the last place, [m, n_factors]"
         return self.states(windows, lengths)[torch.arange(len(windows), device=windows.device),lengths]
@@ -189,7 +199,7 @@ class SASRec(KeepsSequences):
         lengths:Tensor=None, # Items of each window, long [m]
         places:tuple=None, # Which window, and after how many of its items each pair was taken, long [bs] each
     )->Tensor: # Scores, [bs]; with windows the row of the user before each pair, [bs, n_factors]
-        if windows is not None: return self.states(windows, lengths)[places]
+        if windows is not None: return self.states_at(windows, lengths, places)
         users,items = split_pairs(x)
         users,place = users.unique(return_inverse=True)
         return (self.user_rows(users)[place]*self.items(items)).sum(1)

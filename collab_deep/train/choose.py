@@ -108,6 +108,7 @@ def default_loss(
 ): # A `CollabLoss`
     "The loss where none is given: squared error of ratings that differ, else softmax; none for models that are solved"
     if model in solved_names or isinstance(model, Blend) or getattr(model, 'solves', False): return SolvedLoss()
+    if model == 'sasrec' or getattr(model, 'reads_order', False): return as_loss('next_item')
     return as_loss('mse' if dls.rating is not None and dls.y_min < dls.y_max else 'softmax')
 
 # %% ../../nbs/collab_deep/train/06_choose.ipynb #n021

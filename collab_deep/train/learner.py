@@ -22,6 +22,7 @@ from ..models.carried import carried_over
 from ..models.dot import DotProductBias
 from ..models.factor import FactorModel, factor_model
 from ..models.nn import EmbeddingNN
+from ..models.sequence import SASRec
 from ..models.sharded import refuse_shards
 from .choose import default_loss, said_of, scale_of, solved_model, solved_names
 from .losses import CollabLoss, as_loss
@@ -166,6 +167,7 @@ def _make_model(dls, loss, model, n_factors, use_nn, emb_szs, layers, y_range, c
     "The model that the arguments of `collab_deep_learner` ask for"
     if isinstance(model, CollabModel): return model
     if model in solved_names: return solved_model(dls, model, n_factors, **config)
+    if model == 'sasrec': return SASRec(dls.n_users, dls.n_items, **config, **{} if n_factors is None else dict(n_factors=n_factors))
     n_factors = 50 if n_factors is None else n_factors
     config = dict(y_scale=scale_of(dls, loss, y_range)) | config
     if model == 'factor': return factor_model(dls, n_factors, y_range, **config)

@@ -26,6 +26,7 @@ class CollabLoss:
     registry = {} # classes of losses by name
     name,loss_func = None,None # the function is of (pred, targ, reduction='mean')
     ranks = False # do scores have an order alone, so that they are no ratings?
+    reads_order = False # is it for models that read the order of rows, and for those alone?
     lr_wd = 5e-3,.1 # learning rate and weight decay that are right for batches of 64
     power = 0 # ratings c times as large make it c**power times as large; 0 where that is not known
 
