@@ -13,6 +13,7 @@ from .by_id import KnownRows, by_shape, check_known, filled, sides_of
 from .ease import EASE
 from .ensemble import Ensemble
 from .factor import FactorModel, factor_model
+from .sequence import SASRec
 from .sharded import refuse_shards
 
 # %% ../../nbs/collab_deep/models/15_carried.ipynb #n007
@@ -49,6 +50,21 @@ def by_id_and_lists(
     sides = {name: side for name,side in sides_of(model).items() if name in learned}
     return filled(new, model, sides, users, items)
 
+# %% ../../nbs/collab_deep/models/15_carried.ipynb #ec28fbf4
+def by_id_and_order(
+    model:SASRec, # Trained
+    users:KnownRows,
+    items:KnownRows,
+    dls, # `RatingsDataLoaders` of today, with times
+)->SASRec:
+    "`model` for the items of today, with the histories of `dls`"
+    histories = dls.sequences
+    new = SASRec(**model.settings | dict(n_users=users.n + 1, n_items=items.n + 1, n_seen=0))
+    new.keep_sequences(*histories)
+    learned = {name for name,_ in model.named_parameters()}
+    sides = {name: side for name,side in sides_of(model).items() if name in learned}
+    return filled(new, model, sides, users, items)
+
 # %% ../../nbs/collab_deep/models/15_carried.ipynb #n012
 def _carried(model, users, items, dls, solved=None):
     "`model` for the ids of today; `solved` says whether what it is part of is solved by `fit`"
@@ -57,6 +73,7 @@ def _carried(model, users, items, dls, solved=None):
         rest = {name: o for name,o in model.settings.items() if name != 'members'}
         return type(model).of([_carried(o, users, items, dls, solves) for o in model.members], **rest)
     if type(model) is FactorModel: return by_id_and_lists(model, users, items, dls)
+    if type(model) is SASRec: return by_id_and_order(model, users, items, dls)
     if type(model) is not EASE: return by_shape(model, users, items)
     if solves: return EASE(users.n + 1, items.n + 1, model.reg, model.strength)
     raise TypeError('EASE is solved anew for other ids, and this model has members that are trained, so that fit '
