@@ -6,8 +6,6 @@
 __all__ = ['SASRec']
 
 # %% ../../nbs/collab_deep/models/16_sequence.ipynb #9d39dd8b
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -146,17 +144,15 @@ class SASRec(KeepsSequences):
         self.add_sequences(max_len, n_seen)
         std = n_factors**-.5
         self.items,self.start = Embedding(n_items, n_factors, std),nn.Parameter(std*torch.randn(n_factors))
-        self.from_end = nn.Parameter(std*torch.randn(max_len, n_factors))
+        self.places = nn.Parameter(std*torch.randn(max_len, n_factors))
         self.blocks = nn.ModuleList([Block(n_factors, n_heads, dropout) for _ in range(n_blocks)])
         self.norm,self.drop = nn.LayerNorm(n_factors),nn.Dropout(dropout)
 
     def states(self,
         windows:Tensor, # Items, long [m, length], 0 after the end of a shorter one
-        lengths:Tensor, # Items of each, long [m]
     )->Tensor: # [m, length+1, n_factors]: at the start, and after each item
         "The row of each user at every place of what they took"
-        left = lengths[:,None] - 1 - torch.arange(windows.shape[1], device=windows.device)
-        places = self.items(windows) + F.embedding(left.clamp(min=0), self.from_end)
+        places = self.items(windows) + self.places[:windows.shape[1]]
         x = self.drop(torch.cat([self.start.expand(len(windows), 1, -1), places], 1))
         for block in self.blocks: x = block(x)
         return self.norm(x)
@@ -167,7 +163,7 @@ class SASRec(KeepsSequences):
         parts,first,n = [],torch.empty_like(order),0
         for some in order.split(together):
             longest = int(lengths[some[-1]])
-            parts.append(self.states(windows[some,:longest], lengths[some]).flatten(0, 1))
+            parts.append(self.states(windows[some,:longest]).flatten(0, 1))
             first[some] = n + torch.arange(len(some), device=order.device)*(longest + 1)
             n += len(parts[-1])
         window,place = places
@@ -175,7 +171,7 @@ class SASRec(KeepsSequences):
 
     def last_states(self, windows, lengths):
         "What stands at the last place, [m, n_factors]"
-        return self.states(windows, lengths)[torch.arange(len(windows), device=windows.device),lengths]
+        return self.states(windows)[torch.arange(len(windows), device=windows.device),lengths]
 
     def user_rows(self, users):
         "A row for each of `users`, some hundred at a time"

@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['NextItemLoss']
 
-# %% ../../nbs/collab_deep/train/08_sequence.ipynb #2dad4d1e
+# %% ../../nbs/collab_deep/train/08_sequence.ipynb #0ecea812
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,67 +57,97 @@ class SequencesDL(RatingsDL):
         "Refused to several processes, which would cut users"
         raise ValueError('batches of whole users cannot be shared by several processes: train this model in one process')
 
-# %% ../../nbs/collab_deep/train/08_sequence.ipynb #eba1ddcc
+# %% ../../nbs/collab_deep/train/08_sequence.ipynb #176d0ef1
+def window_ends(
+    counts:Tensor, # Rows of each user, long [n_users]
+    max_len:int, # Rows that are foretold in a window, at most
+)->tuple: # The user of each window, and how many of their rows there are up to its end, long [m] each
+    "How histories are cut"
+    n = (counts + max_len - 1)//max_len
+    user = torch.repeat_interleave(torch.arange(len(n), device=n.device), n)
+    to_come = n.cumsum(0)[user] - 1 - torch.arange(len(user), device=n.device)  # windows of the user
+    return user,counts[user] - to_come*max_len
+
+# %% ../../nbs/collab_deep/train/08_sequence.ipynb #ee610815
 def windows_before(
     pairs:Tensor, # Row numbers of users and items, those of each user together and in order, long [bs, 2]
     max_len:int, # Items that a window holds, at most
-    longest:int=None, # Items foretold in a window, at most; `max_len` if not given
 )->tuple: # Items, long [m, length], items of each, long [m], and for each pair its window and place, long [bs] each
     "What was taken before each pair, up to `max_len` items of it"
-    step = longest or max_len
     _,counts = pairs[:,0].unique_consecutive(return_counts=True)
-    begins = counts.cumsum(0) - counts
-    n_windows = (counts + step - 1)//step
-    of_user = torch.repeat_interleave(torch.arange(len(counts), device=pairs.device), n_windows)
-    first = n_windows.cumsum(0) - n_windows
-    from_last = n_windows[of_user] - 1 - (torch.arange(len(of_user), device=pairs.device) - first[of_user])
-    end = counts[of_user] - from_last*step            # how many pairs of the user there are up to its last
-    begin = (end - step).clamp(min=0)
-    low = (end - 1 - max_len).clamp(min=0)             # first item that the window holds
-    lengths = end - 1 - low
+    user,ends = window_ends(counts, max_len)
+    low = (ends - 1 - max_len).clamp(min=0)            # which row of its user a window begins with
+    first,lengths = (counts.cumsum(0) - counts)[user] + low,ends - 1 - low
     steps = torch.arange(int(lengths.max()), device=pairs.device)
     inside = steps < lengths[:,None]
-    items = pairs[:,1][((begins[of_user] + low)[:,None] + steps).where(inside, 0)]*inside
-    window = torch.repeat_interleave(torch.arange(len(of_user), device=pairs.device), end - begin)
-    place = torch.arange(len(pairs), device=pairs.device) - begins[of_user][window] - low[window]
-    return items,lengths,(window, place)
+    items = pairs[(first[:,None] + steps).where(inside, 0),1]*inside
+    foretold = ends - (ends - max_len).clamp(min=0)
+    window = torch.repeat_interleave(torch.arange(len(user), device=pairs.device), foretold)
+    return items,lengths,(window, torch.arange(len(pairs), device=pairs.device) - first[window])
 
-# %% ../../nbs/collab_deep/train/08_sequence.ipynb #4ab5e4bf
+# %% ../../nbs/collab_deep/train/08_sequence.ipynb #c092c995
+def log_shares(
+    rows:Tensor, # Of users, [bs, d]
+    table:Tensor, # A row for each item, the unknown one at 0 included, [n_items, d]
+    items:Tensor, # What was taken, long [bs]
+    sampled:int=None, # Items to draw; all count if not given, or if there are no more
+)->Tensor: # [bs]
+    "The log of the share of each item among all, by the product of both rows; of those drawn it is an estimate"
+    n = len(table) - 1
+    if sampled is None or sampled >= n:
+        scores = rows @ table[1:].T
+        return -F.cross_entropy(scores, items - 1, reduction='none')
+    drawn = torch.randperm(n, device=rows.device)[:sampled] + 1
+    own = (rows*table[items]).sum(1, keepdim=True)
+    others = (rows @ table[drawn].T + math.log(n/sampled)).masked_fill(items[:,None] == drawn, -torch.inf)
+    return own[:,0] - torch.cat([own, others], 1).logsumexp(1)
+
+# %% ../../nbs/collab_deep/train/08_sequence.ipynb #8d975d52
 class NextItemCallback(SoftmaxCallback):
     "In training, foretell each row of a user from those before; in validation, from all of training"
     def __init__(self,
-        dls, # `RatingsDataLoaders` with times
         sampled=None, # Items to pick from, drawn for each batch; all if not given
     ):
         super().__init__()
         self.sampled = sampled
 
-    def before_train(self): self.model.keep_sequences(*self.learn.dls.sequences)
+    def before_train(self):
+        if not hasattr(self.model, 'keep_sequences'):
+            raise ValueError(f'this {type(self.model).__name__} is of models that were trained apart: train each of '
+                             f'them, and put them together again')
+        self.model.keep_sequences(*self.learn.dls.sequences)
 
     def before_batch(self):
         if not self.training or hasattr(self, 'gather_preds'): return
         pairs = self.xb[0]
+        self._check_whole(pairs)
         self.learn.xb = (pairs, *windows_before(pairs, self.model.max_len))
+
+    def _check_whole(self, pairs):
+        "`ValueError` for a batch that cuts a user"
+        users,counts = pairs[:,0].unique_consecutive(return_counts=True)
+        expected = self.learn.dls.sequences[0].diff()[users.cpu()]
+        if not torch.equal(counts.cpu(), expected):
+            raise ValueError('a batch should hold all rows of each of its users, in order, and this one cuts some: '
+                             'leave the training loader as NextItemLoss makes it')
 
     def after_pred(self):
         if not self.training or hasattr(self, 'gather_preds'): return super().after_pred()
-        scores = self.model.scores_of(self.pred)
-        scores[:,0] = -torch.inf
-        self.learn.pred = -F.cross_entropy(scores, self.xb[0][:,1], reduction='none')
+        self.learn.pred = log_shares(self.pred, self.model.items.weight, self.xb[0][:,1], self.sampled)
         self.learn.yb = (torch.ones_like(self.pred), *self.yb[1:])
 
-# %% ../../nbs/collab_deep/train/08_sequence.ipynb #e454c943
+# %% ../../nbs/collab_deep/train/08_sequence.ipynb #b9539056
 class NextItemLoss(RankingLoss):
     "What was taken next is picked out of all items, for models that read the order"
     name,loss_func = 'next_item',staticmethod(softmax_loss)
-    reads_order,weights = True,None
-    lr_wd = 1e-3,.01 # whatever the batch size of the loaders, since batches are of whole users
+    reads_order,weights = True,None # all rows are read and foretold, however they were rated
+    lr_wd = 2e-3,.01 # whatever the batch size of the loaders, since batches are of whole users
     def __init__(self,
-        users:int=128, # Users in a batch
+        users:int=32, # Users in a batch
         sampled:int=None, # Items to pick from, drawn for each batch; all if not given
     ): self.users,self.sampled = users,sampled
 
-    def callbacks(self, dls): return [NextItemCallback(dls, self.sampled)]
+    def callbacks(self, dls): return [NextItemCallback(self.sampled)]
 
     def loaders(self, dls):
         dls = weighed(dls)
@@ -125,4 +157,6 @@ class NextItemLoss(RankingLoss):
 
     def check(self, dls, y_range):
         super().check(dls, y_range)
-        dls.sequences
+        for name,o in dict(users=self.users, sampled=1 if self.sampled is None else self.sampled).items():
+            if not is_whole(o): raise ValueError(f'{name} is a positive integer, found {o!r}')
+        dls.sequences # refuses loaders without times
