@@ -133,7 +133,7 @@ class SASRec(KeepsSequences):
         n_blocks:int=2, # Blocks, one after the other
         n_heads:int=2, # Heads of the attention in each
         max_len:int=200, # Items of a history that are read, the last ones
-        dropout:float=.2, # Share of numbers that training leaves out
+        dropout:float=.4, # Share of numbers that training leaves out
         n_seen:int=0, # Items of all histories that it keeps
     ):
         check_sizes(n_factors, n_heads, n_blocks=n_blocks, max_len=max_len)

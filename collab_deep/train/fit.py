@@ -22,7 +22,7 @@ from paddy_multi.core.values import is_whole
 
 # %% ../../nbs/collab_deep/train/11_fit.ipynb #n007
 # Turns, or epochs; losses on lists have 10
-_epochs = dict(ease=1, ials=12, blend=12, auto=12, dot=5, nn=5, factor=5, sasrec=30)
+_epochs = dict(ease=1, ials=12, blend=12, auto=12, dot=5, nn=5, factor=5, sasrec=20)
 _trained = 'dot','nn','factor','sasrec' # models that are trained by batches
 
 def names_of_models():
@@ -64,7 +64,7 @@ def _check_arguments(dls, epochs, given):
 def fit_model(
     dls, # `RatingsDataLoaders`
     name:str='auto', # 'auto', 'blend', 'ease', 'ials', 'sasrec' for lists; 'dot', 'nn', 'factor'; or a loss on lists
-    epochs:int=None, # Epochs, or turns of what is solved: 1 of EASE, 12 of iALS; 5 for ratings, 10 of a loss, 30 of SASRec
+    epochs:int=None, # Epochs, or turns of what is solved: 1 of EASE, 12 of iALS; 5 for ratings, 10 of a loss, 20 of SASRec
     seed:int=0, # Of weights and order
     **kwargs, # For `collab_deep_learner`
 )->CollabLearner: # ValueError for an unknown name
