@@ -153,7 +153,7 @@ class SASRec(KeepsSequences):
     )->Tensor: # [m, length+1, n_factors]: at the start, and after each item
         "The row of each user at every place of what they took"
         places = self.items(windows) + self.places[:windows.shape[1]]
-        x = self.drop(torch.cat([self.start.expand(len(windows), 1, -1), places], 1))
+        x = self.drop(torch.cat([self.start.expand(windows.shape[0], 1, -1), places], 1))
         for block in self.blocks: x = block(x)
         return self.norm(x)
 

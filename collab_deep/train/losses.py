@@ -79,7 +79,8 @@ def check(self:CollabLoss,
 ):
     "`ValueError` where the loss does not suit the data or the range"
     if dls.rating is None:
-        rankings = ' or '.join(repr(name) for name,o in CollabLoss.registry.items() if o.ranks)
+        known = CollabLoss.registry.items()
+        rankings = ' or '.join(repr(name) for name,o in known if o.ranks and not o.reads_order)
         raise ValueError(f'interactions without ratings have nothing to compare with: choose loss={rankings}, '
                          f'found {self!r}')
     if y_range is not None and not y_range[0] <= dls.y_min <= dls.y_max <= y_range[1]:
