@@ -16,7 +16,8 @@ from paddy_multi.core.commands import echo, refuse
 # %% ../../nbs/collab_deep/cli/03_models.ipynb #n005
 class Model(str, Enum):
     "What predicts"
-    auto,blend,ease,ials,factor,dot,nn = 'auto','blend','ease','ials','factor','dot','nn'
+    auto,blend,ease,ials,sasrec = 'auto','blend','ease','ials','sasrec'
+    factor,dot,nn = 'factor','dot','nn'
 
 class Loss(str, Enum):
     "What training minimises"
@@ -45,7 +46,10 @@ def chosen(
     "What is not given follows from what is; refuses what contradicts another option"
     model = model or ('auto' if loss is None else 'dot')
     if model in _epochs: _check_solved(model, loss, factors, epochs, bs)
-    return model, epochs or _epochs.get(model, 5), bs or 512
+    if model != 'sasrec': return model, epochs or _epochs.get(model, 5), bs or 512
+    if loss is not None: refuse('sasrec has a loss of its own, of what comes next: leave --loss out', '--loss')
+    if bs: warnings.warn('--bs changes nothing: batches of sasrec are of whole users')
+    return model, epochs or 20, bs or 512
 
 # %% ../../nbs/collab_deep/cli/03_models.ipynb #n013
 def learner_of(
@@ -57,6 +61,7 @@ def learner_of(
 ): # `CollabLearner`
     "A learner, not yet trained"
     import torch
+    import collab_deep.train.sequence # so that its loss is known by name
     from collab_deep.train.choose import default_loss, said_of
     from collab_deep.train.learner import collab_deep_learner
     from collab_deep.train.losses import as_loss
