@@ -42,7 +42,8 @@ def row(split, name, values, seconds, beside=None):
     means = np.mean(values, 2)
     res = dict(split=split, name=name, users=values[0].shape[1])
     for i,measure in enumerate(('ndcg', 'recall')):
-        res |= {measure: digits(float(means[:,i].mean())), f'{measure} of seeds': [digits(float(o)) for o in means[:,i]]}
+        res |= {measure: digits(float(means[:,i].mean())),
+                f'{measure} of seeds': [digits(float(o)) for o in means[:,i]]}
         if len(values) > 1: res[f'{measure}, sd'] = digits(float(means[:,i].std(ddof=1)))
     res['seconds'] = digits(float(np.mean(seconds)))
     if beside is not None: res['ndcg beside SASRec'] = interval(np.mean(values, 0)[0] - np.mean(beside, 0)[0])
@@ -93,16 +94,15 @@ def theirs(python, dls, task, seeds, epochs):
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
             np.savez(Path(folder)/'rows.npz', users=pairs[:,0], items=pairs[:,1], asked=task.users.numpy())
-            model = fit_sizes
             start = time.perf_counter()
             subprocess.run([python, str(HERE/'peers'/'rectools_sasrec.py'), folder, str(seed), str(epochs),
-                            *map(str, model)], check=True)
+                            *map(str, SIZES)], check=True)
             seconds.append(time.perf_counter() - start)
             values.append(measured(task, torch.from_numpy(np.load(Path(folder)/'lists.npy'))))
         print(f'  {PEER}, seed {seed}: {values[-1].mean(1)}, {seconds[-1]:.0f} s', flush=True)
     return values,seconds
 
-fit_sizes = 32,64,200,.4 # users in a batch, factors, longest history and dropout: those of fit_model(dls, 'sasrec')
+SIZES = 32,64,200,.4 # users in a batch, factors, longest history and dropout: those of fit_model(dls, 'sasrec')
 
 # --- everything -----------------------------------------------------------------------------------------------------
 def kept(split):

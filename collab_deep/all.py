@@ -17,8 +17,8 @@ from .models.blend import *
 from .models.weights import *
 from .models.sharded import *
 from .models.by_id import *
-from .models.carried import *
 from .models.sequence import *
+from .models.carried import *
 from .models.plain import *
 from .models.newcomers import *
 from .data.movielens import *

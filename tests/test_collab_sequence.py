@@ -46,7 +46,7 @@ def untrained(n_users=5, n_items=9, **kwargs):
     torch.manual_seed(0)
     return SASRec(n_users, n_items, **dict(n_factors=8, max_len=6) | kwargs).eval()
 
-# --- what it sees -----------------------------------------------------------------------------------------------------
+# --- what it sees ---------------------------------------------------------------------------------------------------
 def test_it_learns_the_order(learn):
     "The next item of a ring follows from the last one alone, and a bag of what was taken hides which that is"
     assert evaluate_ranking(learn, k=1).value.recall > .95
@@ -83,7 +83,8 @@ def test_a_block_is_the_layer_of_pytorch_in_training_too():
     block, theirs = Block(8, 2, 0.), nn.TransformerEncoderLayer(8, 2, 8, 0., batch_first=True, norm_first=True)
     for mine, other in zip([block.attention.query_key_value, block.attention.out, block.first, block.second,
                             block.norm_1, block.norm_2],
-                           [None, theirs.self_attn.out_proj, theirs.linear1, theirs.linear2, theirs.norm1, theirs.norm2]):
+                           [None, theirs.self_attn.out_proj, theirs.linear1, theirs.linear2, theirs.norm1,
+                            theirs.norm2]):
         if other is not None: other.load_state_dict(mine.state_dict())
     theirs.self_attn.in_proj_weight.data.copy_(block.attention.query_key_value.weight)
     theirs.self_attn.in_proj_bias.data.copy_(block.attention.query_key_value.bias)
@@ -125,7 +126,7 @@ def test_histories_are_kept_in_order_of_time(data):
         own = df[(df.user == user) & df.item.isin(kept)].sort_values('t', kind='stable').item.tolist()
         assert [dls.classes['item'][i] for i in items[starts[row]:starts[row+1]]] == own
 
-# --- the loss -----------------------------------------------------------------------------------------------------------
+# --- the loss -------------------------------------------------------------------------------------------------------
 def test_weights_say_how_much_a_row_is_foretold(rows):
     "By hand: two users, one row without weight, which is read and not foretold"
     df = pd.DataFrame(dict(user=[1, 1, 1, 2], item=[1, 2, 3, 2], timestamp=[1, 2, 3, 4], plays=[1., 0, 2, 5]))
@@ -153,7 +154,7 @@ def test_the_same_seed_gives_the_same_bits(rows, learn):
     again = fit_model(loaders(rows), 'sasrec', epochs=40, lr=1e-2, **SMALL)
     for a, b in zip(learn.model.parameters(), again.model.parameters()): assert torch.equal(a, b)
 
-# --- as any other model -------------------------------------------------------------------------------------------------
+# --- as any other model ---------------------------------------------------------------------------------------------
 def test_saved_and_loaded_it_says_the_same_bits(learn, tmp_path):
     rec = load_recommender(save_recommender(learn, tmp_path))
     for user in (1, 7): pd.testing.assert_frame_equal(recommend(learn, user), recommend(rec, user))
@@ -192,7 +193,8 @@ def test_more_training_reads_what_there_is_now(learn, rows):
     row = list(new.dls.classes['user']).index(1)
     assert [new.dls.classes['item'][i] for i in items[starts[row]:starts[row+1]]][-2:] == [11, 12]
     assert recommend(new, 99, k=1)['item'].item() == 7
-    with pytest.raises(ValueError, match=r"new rows lack \['timestamp'\]"): partial_fit(learn, more.drop(columns='timestamp'))
+    with pytest.raises(ValueError, match=r"new rows lack \['timestamp'\]"):
+        partial_fit(learn, more.drop(columns='timestamp'))
 
 def test_it_starts_from_another_day(learn, rows):
     later = collab_deep_learner(loaders(rows[rows.user > 5]), model=learn)
@@ -200,7 +202,8 @@ def test_it_starts_from_another_day(learn, rows):
     assert evaluate_ranking(later, k=1).value.recall > .95
     rec = collab_deep_learner(loaders(rows), model=as_recommender(learn))
     assert rec.collab_loss.name == 'next_item'
-    with pytest.raises(ValueError, match='have no times'): collab_deep_learner(loaders(rows, time_name=None), model=learn)
+    with pytest.raises(ValueError, match='have no times'):
+        collab_deep_learner(loaders(rows, time_name=None), model=learn)
 
 def test_in_blends_and_ensembles(learn, rows, tmp_path):
     both = blend([learn, fit_model(learn.dls, 'ease')])
@@ -213,7 +216,7 @@ def test_in_blends_and_ensembles(learn, rows, tmp_path):
     torch.testing.assert_close(two.model.scores(tensor([1, 2])), expected)
     with pytest.raises(ValueError, match='of models that were trained apart'), two.no_bar(): two.fit(1)
 
-# --- what is refused ----------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('times, error, words', [
     ([1, None, 3], ValueError, '1 rows have no timestamp, the first is row 1'),
     (['1', '2', '3'], TypeError, 'timestamp should hold numbers or times'),
@@ -245,7 +248,8 @@ def test_a_loader_that_cuts_users_is_refused(rows):
     learn = collab_deep_learner(loaders(rows), model='sasrec', **SMALL)
     with pytest.raises(ValueError, match='train this model in one process'): learn.dls.train.batch_sizes(10, 2)
     learn.dls.loaders[0] = RatingsDL(learn.dls.train.dataset, bs=7, device='cpu')
-    with pytest.raises(ValueError, match='a batch should hold all rows of each of its users'), learn.no_bar(): learn.fit(1)
+    with pytest.raises(ValueError, match='a batch should hold all rows of each of its users'), learn.no_bar():
+        learn.fit(1)
 
 def test_two_items_and_long_histories():
     df = pd.DataFrame(dict(user=[1]*9 + [2]*2, item=[1, 2]*4 + [1, 1, 2], timestamp=range(11)))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, ModuleList
 
-from . import dot, ease, factor, ials, nn, sequence # so that their models are in the registry
+from . import dot, ease, factor, ials, nn # so that their models are in the registry
 from .base import CollabModel
 from paddy_multi.core.facts import remember
 

@@ -64,7 +64,7 @@ def _check_arguments(dls, epochs, given):
 def fit_model(
     dls, # `RatingsDataLoaders`
     name:str='auto', # 'auto', 'blend', 'ease', 'ials', 'sasrec' for lists; 'dot', 'nn', 'factor'; or a loss on lists
-    epochs:int=None, # Epochs, or turns of what is solved: 1 of EASE, 12 of iALS; 5 for ratings, 10 of a loss, 20 of SASRec
+    epochs:int=None, # Epochs, or turns: 1 of EASE, 12 of iALS; 5 for ratings, 10 of a loss on lists, 20 of SASRec
     seed:int=0, # Of weights and order
     **kwargs, # For `collab_deep_learner`
 )->CollabLearner: # ValueError for an unknown name

@@ -193,7 +193,8 @@ def _check_given(model, y_range, **given):
     elif model in solved_names:
         no_use = {*given, 'y_range'} - {'config', *(['n_factors'] if model != 'ease' else [])}
         passed_over,why = no_use & {*names, *(['y_range'] if y_range else [])},f'model={model!r} has none'
-    elif model in ('factor', 'sasrec'): passed_over,why = {'use_nn', 'emb_szs', 'layers'} & {*names},f'{model=} has none'
+    elif model in ('factor', 'sasrec'):
+        passed_over,why = {'use_nn', 'emb_szs', 'layers'} & {*names},f'{model=} has none'
     elif not given['use_nn'] and model != 'nn':
         passed_over,why = {'emb_szs', 'layers'} & {*names},'they are for use_nn=True'
     else: return

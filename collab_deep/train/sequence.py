@@ -55,7 +55,8 @@ class SequencesDL(RatingsDL):
 
     def batch_sizes(self, n, bs):
         "Refused to several processes, which would cut users"
-        raise ValueError('batches of whole users cannot be shared by several processes: train this model in one process')
+        raise ValueError('batches of whole users cannot be shared by several processes: train this model in one '
+                         'process')
 
 # %% ../../nbs/collab_deep/train/08_sequence.ipynb #176d0ef1
 def window_ends(
