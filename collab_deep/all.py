@@ -17,6 +17,7 @@ from .models.blend import *
 from .models.weights import *
 from .models.sharded import *
 from .models.by_id import *
+from .models.sequence import *
 from .models.carried import *
 from .models.plain import *
 from .models.newcomers import *
@@ -51,6 +52,7 @@ from .train.optimizer import *
 from .train.sampled import *
 from .train.choose import *
 from .train.learner import *
+from .train.sequence import *
 from .train.stopping import *
 from .train.ensemble import *
 from .train.fit import *

@@ -170,7 +170,7 @@ def test_every_model_is_carried_over_or_refused(ratings):
     "A class that joins the registry has to be thought of: here, or by its shapes"
     own = {name for name, o in CollabModel.registry.items() if o.__module__.startswith('collab_deep.')}
     assert own == {'DotProduct', 'DotProductBias', 'EmbeddingNN', 'FactorModel', 'Histories', 'EASE', 'iALS',
-                   'Ensemble', 'Blend'}
+                   'Ensemble', 'Blend', 'KeepsSequences', 'SASRec'}
     with pytest.raises(NotImplementedError): by_shape(Histories(4, 5), *known(4, 5))
 
 

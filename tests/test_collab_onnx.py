@@ -18,6 +18,7 @@ from collab_deep.models.factor import FactorModel
 from collab_deep.models.ials import iALS
 from collab_deep.models.liking import Interactions
 from collab_deep.models.nn import EmbeddingNN
+from collab_deep.models.sequence import SASRec
 from collab_deep.use.onnx import check_equal, to_onnx
 from collab_deep.use.save import load_recommender, save_recommender
 from small_recommender import recommender
@@ -82,6 +83,11 @@ def filled(model):
 
 
 def factor(u, i, **kwargs): return filled(FactorModel(u, i, 3, std=1, **kwargs))
+def ordered(u, i, max_len=5):
+    model = SASRec(u, i, 4, max_len=max_len)
+    starts = torch.tensor([sum(o[0] < row for o in SEEN) for row in range(u+1)])
+    model.keep_sequences(starts, torch.tensor([o[1] for o in sorted(SEEN)]))
+    return model
 def both(u, i): return [solved(EASE, u, i, 5.), solved(iALS, u, i, 4)]
 
 RANGE = dict(y_range=(0, 5.5))
@@ -100,6 +106,8 @@ MODELS = dict(
                                     cold_items=['new', 'newer'], **RANGE),
     ease=lambda u, i: solved(EASE, u, i, 5.), ease_taken=lambda u, i: solved(EASE, u, i, 5., strength=0),
     ials=lambda u, i: solved(iALS, u, i, 4), ials_wide=lambda u, i: solved(iALS, u, i, 40),
+    ordered=ordered, ordered_long=lambda u, i: ordered(u, i, 50),
+    blend_ordered=lambda u, i: Blend.of([ordered(u, i), solved(EASE, u, i, 5.)]),
     ensemble=lambda u, i: Ensemble.of([DotProduct(u, i, 3, std=1), EmbeddingNN(u, i, 3, layers=[4], std=1)]),
     ensemble_solved=lambda u, i: Ensemble.of(both(u, i)),
     ensemble_cold=lambda u, i: Ensemble.of([factor(u, i, n_item_features=2, cold_items=['new'], **RANGE)]*2),
@@ -155,7 +163,7 @@ def test_every_model_is_served_without_torch(tmp_path, name):
 def test_every_model_of_the_registry_is_tried():
     ours = {name for name, o in CollabModel.registry.items() if o.__module__.startswith('collab_deep.')}
     tried = {type(make(len(USERS) + 1, len(ITEMS) + 1)).__name__ for make in [*QUICK.values(), *MODELS.values()]}
-    assert ours - {'Histories'} == tried, 'Histories is a base without scores'
+    assert ours - {'Histories', 'KeepsSequences'} == tried, 'these are bases without scores'
 
 
 class Equal(DotProduct):

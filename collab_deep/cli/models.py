@@ -16,7 +16,8 @@ from paddy_multi.core.commands import echo, refuse
 # %% ../../nbs/collab_deep/cli/03_models.ipynb #n005
 class Model(str, Enum):
     "What predicts"
-    auto,blend,ease,ials,factor,dot,nn = 'auto','blend','ease','ials','factor','dot','nn'
+    auto,blend,ease,ials,sasrec = 'auto','blend','ease','ials','sasrec'
+    factor,dot,nn = 'factor','dot','nn'
 
 class Loss(str, Enum):
     "What training minimises"
@@ -45,6 +46,9 @@ def chosen(
     "What is not given follows from what is; refuses what contradicts another option"
     model = model or ('auto' if loss is None else 'dot')
     if model in _solved: _check_solved(model, loss, factors, epochs, bs)
+    if model == 'sasrec' and loss is not None:
+        refuse('sasrec has a loss of its own, of what comes next: leave --loss out', '--loss')
+    if model == 'sasrec' and bs: warnings.warn('--bs changes nothing: batches of sasrec are of whole users')
     return model, bs or 512
 
 # %% ../../nbs/collab_deep/cli/03_models.ipynb #n013
@@ -57,6 +61,7 @@ def learner_of(
 ): # `CollabLearner`
     "A learner, not yet trained"
     import torch
+    import collab_deep.train.sequence # so that its loss is known by name
     from collab_deep.train.choose import default_loss, said_of
     from collab_deep.train.learner import collab_deep_learner
     from collab_deep.train.losses import as_loss

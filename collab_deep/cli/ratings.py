@@ -67,9 +67,9 @@ def _splitter(split, user):
     return dict(random=None, last=LeaveLastSplitter(user_name=user), time=TimeSplitter(.2))[split]
 
 # %% ../../nbs/collab_deep/cli/02_ratings.ipynb #n016
-def _in_time(df, time, split, duplicates):
+def _in_time(df, time, split, duplicates, ordered=False):
     "`df` with its times in order where these are asked for"
-    if split != 'random' or duplicates in ('last', 'mean'): return with_times(df, time)
+    if ordered or split != 'random' or duplicates in ('last', 'mean'): return with_times(df, time)
     if time is None: return df
     warnings.warn('--time changes nothing beside --split random: add --split last or time, or --duplicates last')
     return df.drop(columns=time, errors='ignore')
@@ -80,15 +80,20 @@ def loaders_of(
     split:str='random', # 'random', 'last' or 'time'
     duplicates:str=None, # 'last', 'mean' or 'keep'; 'keep' with a warning if not given
     implicit:bool=False, # Is a row an interaction, whatever its rating?
+    ordered:bool=False, # Is the order of rows to be read?
     **kwargs, # For `RatingsDataLoaders.from_df`
 ): # `RatingsDataLoaders`
     "Loaders of a table, with a line on what there is to train on"
-    from collab_deep.data.columns import find_columns
+    from collab_deep.data.columns import find_columns, time_column
     from collab_deep.data.loaders import RatingsDataLoaders
     n,weight = len(df),columns['weight']
-    df,item = with_items(_in_time(df, columns['time'], split, duplicates), columns['item'])
+    df,item = with_items(_in_time(df, columns['time'], split, duplicates, ordered), columns['item'])
+    time = time_column(df) if ordered else None
+    if ordered and time is None:
+        raise ValueError(f'the model reads the order of rows, and no column has a known name for times: name it with '
+                         f'--time; found {list(df)}')
     user,item,rating = find_columns(df, columns['user'], item, columns['rating'], implicit, weight)
     dls = RatingsDataLoaders.from_df(df, user, item, rating, implicit=rating is None, duplicates=duplicates,
-                                     weight_name=weight, splits=_splitter(split, user), **kwargs)
+                                     weight_name=weight, splits=_splitter(split, user), time_name=time, **kwargs)
     echo(f'{n:,} rows; training has {dls.n_users-1:,} of {user} and {dls.n_items-1:,} of {item}')
     return dls

@@ -69,7 +69,8 @@ def train(
         help='Ratings: CSV, TSV (also .gz), Parquet, u.data and ratings.dat of MovieLens, .inter of RecBole; '
              'without ratings, a row says that there was an interaction.', metavar='RATINGS')]=None,
     ratings:option(Path, 'The same, as an option.', metavar='FILE')=None,
-    model:option(Model, 'auto, blend, ease, ials: solved, for lists; factor, dot, nn: trained, for ratings, '
+    model:option(Model, 'auto, blend, ease, ials: solved, for lists; sasrec: for what comes next, by times; '
+                        'factor, dot, nn: trained, for ratings, '
                         'or for lists with --loss. auto if neither is given, dot with --loss alone.')=None,
     loss:option(Loss, 'softmax, sampled_softmax or bpr for lists, mse for ratings.')=None,
     factors:option(int, 'Numbers learned for each user and item; 32 for ials, else 50.', min=2)=None,
@@ -79,7 +80,7 @@ def train(
     item:column('Of items; title if there is one, else a name such as item, movieId or isbn.')=None,
     rating:column('Of ratings; known by a name such as rating, stars or score.')=None,
     weight:column('Of what a row counts, such as plays; all count the same if not given.')=None,
-    time:column('Of times, for --split and --duplicates; known by a name such as timestamp.')=None,
+    time:column('Of times, for --split, --duplicates and sasrec; known by a name such as timestamp.')=None,
     implicit:option(bool, 'A row is an interaction, whatever its rating.', '--implicit')=False,
     split:option(Split, 'Hold out a fifth at random, the last of each user, or the latest fifth.')=Split.random,
     duplicates:option(Duplicates, 'Of rows with the same user and item take the last, their mean, or all.')=None,
@@ -100,7 +101,8 @@ def train(
     columns = dict(user=user, item=item, rating=rating, weight=weight, time=time)
     with speaking_options(OSError, ValueError, TypeError, FloatingPointError):
         df = read_file(file, sep, encoding, header)
-        dls = loaders_of(df, columns, split.value, duplicates and duplicates.value, implicit, seed=seed, bs=bs)
+        dls = loaders_of(df, columns, split.value, duplicates and duplicates.value, implicit, name == 'sasrec',
+                         seed=seed, bs=bs)
         learn = learner_of(dls, name, loss and loss.value, factors, seed)
         _rehearse(learn, out, relevant)
         with locked(out):

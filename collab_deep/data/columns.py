@@ -83,10 +83,10 @@ def _index_hint(df, kind):
     return f'. The index is called {levels[0]!r}: make it a column with ratings.reset_index()' if levels else ''
 
 # %% ../../nbs/collab_deep/data/01_columns.ipynb #n021
-def _rating_or_none(df, names, weight_name):
+def _rating_or_none(df, names, others):
     "The column of ratings, `None` for a table of interactions; `ValueError` if it might be either"
     if columns_of(df, 'rating', names): return the_column(df, 'rating', names)
-    others = [o for o in df if o not in [*names, weight_name, *columns_of(df, 'time')]]
+    others = [o for o in df if o not in [*names, *others, *columns_of(df, 'time')]]
     if not others: return None
     raise ValueError(f'no column of ratings is known, such as rating, stars or score, and {others} may hold them: is '
                      'the table without ratings? Then say implicit=True, else name them with rating_name=; found '
@@ -112,16 +112,20 @@ def find_columns(
     rating_name:str=None, # Column of ratings
     implicit:bool=False, # Is a row an interaction without a rating?
     weight_name:str=None, # Column of weights, which is none of the three
+    time_name:str=None, # Column of times, which is none of the others
 )->list: # Columns of users, items and ratings; the last is `None` for interactions without ratings
     "The three columns, recognised by their names where they are not given"
-    given = [o for o in (user_name, item_name, rating_name, weight_name) if o is not None]
+    given = [o for o in (user_name, item_name, rating_name, weight_name, time_name) if o is not None]
     user = the_column(df, 'user', given) if user_name is None else user_name
     item = the_column(df, 'item', given) if item_name is None else item_name
     names = [user, item, None if implicit else rating_name]
-    if rating_name is None and not implicit: names[2] = _rating_or_none(df, [user, item, *given], weight_name)
+    if rating_name is None and not implicit: names[2] = _rating_or_none(df, [user, item, *given], given)
     _check_columns(df, names)
-    if weight_name in names and weight_name is not None:
-        raise ValueError(f'weights are a column of their own, found {weight_name!r} for two things: {names}')
+    taken = [*names]
+    for name,what in ((weight_name, 'weights'), (time_name, 'times')):
+        if name in taken and name is not None:
+            raise ValueError(f'{what} are a column of their own, found {name!r} for two things: {taken}')
+        taken.append(name)
     return names
 
 # %% ../../nbs/collab_deep/data/01_columns.ipynb #z002

@@ -9,11 +9,14 @@ __all__ = ['RatingsDataset']
 import warnings
 import zlib
 
+import numpy as np
 import pandas as pd
+import torch
 from fastai.losses import MSELossFlat
 from fastcore.basics import GetAttr, patch
 from torch import Tensor
 
+from .splits import times_of
 from .table import weights_at
 from .vocab import RatingsVocab
 
@@ -22,25 +25,28 @@ class RatingsDataset(GetAttr):
     "Pairs and ratings as tensors, with the vocabulary that made them"
     _default = 'vocab'
     n_inp,loss_func = 1,MSELossFlat()
-    w = None  # of datasets that were saved before there were weights
+    w = times = None  # of datasets that were saved before there were weights, and times
     def __init__(self,
         x:Tensor, # Row numbers of user and item, any integer type, [n, 2]
         y:Tensor|None, # Ratings, float [n]; `None` if unknown
         vocab:RatingsVocab, # What the numbers mean
         w:Tensor|None=None, # Weights of the ratings, float [n]; `None` if all count the same
+        times:pd.Series|None=None, # When each row was, by its place in the table, [n]; `None` if that is not known
     ):
         if w is not None and (y is None or not len(x) == len(y) == len(w)):
             raise ValueError(f'expected a rating and a weight for each of {len(x)} pairs, found '
                              f'{"no" if y is None else len(y)} ratings and {len(w)} weights')
-        self.x,self.y,self.vocab,self.w = x,y,vocab,w
+        if times is not None and len(times) != len(x):
+            raise ValueError(f'expected a time for each of {len(x)} pairs, found {len(times)}')
+        self.x,self.y,self.vocab,self.w,self.times = x,y,vocab,w,times
 
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return (self.x[i].long(), *(o[i] for o in (self.y, self.w) if o is not None))
 
     def new_empty(self):
         "The same vocabulary without a rating"
-        y,w = (None if o is None else o[:0] for o in (self.y, self.w))
-        return type(self)(self.x[:0], y, self.vocab, w)
+        y,w,times = (None if o is None else o[:0] for o in (self.y, self.w, self.times))
+        return type(self)(self.x[:0], y, self.vocab, w, times)
 
 # %% ../../nbs/collab_deep/data/08_dataset.ipynb #l002
 @patch
@@ -72,6 +78,31 @@ def digest(self:RatingsDataset)->int:
     for o in parts: text += zlib.crc32(o).to_bytes(4)
     return zlib.crc32(text)
 
+# %% ../../nbs/collab_deep/data/08_dataset.ipynb #1f49fab0
+def times_by_place(
+    df:pd.DataFrame, # Ratings
+    name:str|None, # Column of times, if there is one
+)->pd.Series|None: # Times by the place of their row; ValueError or TypeError for those missing or without an order
+    "When each row was"
+    if name is None: return None
+    if name not in df: raise ValueError(f'expected a column {name!r} of times, found {list(df.columns)}')
+    times_of(df, name)
+    return df[name].reset_index(drop=True)
+
+# %% ../../nbs/collab_deep/data/08_dataset.ipynb #c076b5f5
+@patch
+def in_order(self:RatingsDataset)->tuple: # (starts [n_users+1], row numbers [n]), long
+    "The rows of each user from the first to the last: of user u they are rows[starts[u]:starts[u+1]]"
+    if self.times is None:
+        raise ValueError('the rows have no times, so that their order is not known: name the column of times, as in '
+                         "RatingsDataLoaders.from_df(ratings, time_name='timestamp')")
+    rows = np.argsort(self.times.index, kind='stable')
+    rows = rows[self.times.iloc[rows].array.argsort(kind='stable')]
+    users = self.x[:,0].long().cpu()
+    counts = users.bincount(minlength=self.n_users)
+    rows = torch.from_numpy(rows)
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]),rows[users[rows].argsort(stable=True)]
+
 # %% ../../nbs/collab_deep/data/08_dataset.ipynb #4a74152b
 _heavy = 300 # times the usual size
 
@@ -92,8 +123,11 @@ def datasets_of(
     names:tuple, # Columns of users, items and ratings
     weight_name:str|None, # Column of weights
     parts:tuple, # Row numbers of training and of validation
+    time_name:str|None=None, # Column of times
 )->list: # Of training and of validation
     "Datasets with one vocabulary, that of the training rows"
     vocab = RatingsVocab(df, *names, parts[0])
     weights = [weights_at(df, weight_name, *o) for o in zip(parts, ('training', 'validation'))]
-    return [RatingsDataset(*vocab.encode_rows(df, rows), vocab, w) for rows,w in zip(parts, weights)]
+    times = times_by_place(df, time_name)
+    return [RatingsDataset(*vocab.encode_rows(df, rows), vocab, w, None if times is None else times.iloc[rows])
+            for rows,w in zip(parts, weights)]

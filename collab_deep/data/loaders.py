@@ -152,19 +152,21 @@ class RatingsDataLoaders(DataLoaders):
         implicit:bool=False, # Leave ratings out: a row is an interaction; so it is without further columns
         duplicates:str=None, # Of pairs: 'keep', 'last', 'mean' or 'raise'; 'keep' with a warning if not given
         weight_name:str=None, # Column of weights, such as counts: 0 or more; all rows count the same if not given
+        time_name:str=None, # Column of times, for models that read the order of rows; of one time, as in the table
         path='.', # Folder for what the learner saves
         device=None, # Where batches go; fastai's default if not given
     ):
         "Make the loaders from a frame, with vocabularies from its training rows; ids that only validation has become 0"
         df = frame_of(ratings, implicit)
-        names = user,item,rating = find_columns(df, user_name, item_name, rating_name, implicit, weight_name)
+        columns = user_name,item_name,rating_name,implicit,weight_name,time_name
+        names = user,item,rating = find_columns(df, *columns)
         df = with_text_ids(df, [user, item])
         check_ratings(df, *names)
         check_zeros(df, rating)
         if weight_name is not None: check_weights(df, weight_name)
-        rows = merge_pairs(df, *names, duplicates, weight_name)
+        rows = merge_pairs(df, *names, duplicates, weight_name, time_name)
         check_splits_stay(splits, len(df), len(rows))
-        train,valid = datasets_of(rows, names, weight_name, split_rows(rows, splits, valid_pct, seed))
+        train,valid = datasets_of(rows, names, weight_name, split_rows(rows, splits, valid_pct, seed), time_name)
         return cls(RatingsDL(train, bs=bs, shuffle=True), RatingsDL(valid, bs=val_bs), path=path,
                    device=device or default_device())
 
@@ -172,6 +174,12 @@ class RatingsDataLoaders(DataLoaders):
     def seen(self)->tuple: # (indptr [n_users+1], items): user u has seen items[indptr[u]:indptr[u+1]] in training
         "Which items each user has in the training rows, once each, in order"
         return seen_items(self.train.dataset.x.cpu(), self.n_users, self.n_items)
+
+    @cached_property
+    def sequences(self)->tuple: # (indptr [n_users+1], items); ValueError where the loaders have no times
+        "What each user took in the training rows, from the first to the last"
+        starts,rows = self.train.dataset.in_order()
+        return starts,self.train.dataset.x.cpu()[rows,1].long()
 
     @property
     def user_counts(self): return torch.bincount(self.train.dataset.x[:,0].cpu(), minlength=self.n_users)

@@ -50,6 +50,7 @@ def times_of(
         raise ValueError(f'the splitter needs a column {"of times" if name is None else repr(name)}, '
                          f'found {list(df.columns)}: name another, with time_name=')
     times = df[name]
+    if times.ndim > 1: raise ValueError(f'{times.shape[1]} columns are called {name!r}: rename all but one')
     missing = times.isna().to_numpy()
     if missing.any():
         raise ValueError(f'{missing.sum()} rows have no {name}, the first is row {missing.argmax()}: '

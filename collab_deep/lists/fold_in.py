@@ -178,6 +178,15 @@ def _solved_row(model, rows, stars, decay):
     if row.isfinite().all(): return row
     raise ValueError(f'no finite row fits these ratings: {stars}')
 
+# %% ../../nbs/collab_deep/lists/03_fold_in.ipynb #dee36971
+def _in_order(model, items):
+    "What was taken, in order, an item that comes twice at its last place; `TypeError` for a set of several"
+    if isinstance(items, (set, frozenset)) and len(items) > 1:
+        raise TypeError(f'{type(model).__name__} reads the order in which items were taken, and a set has none: '
+                        f'give a list to fold_in, or dict.fromkeys(items) to recommend; found {items!r:.60}')
+    if isinstance(items, dict) and any(o is not None for o in items.values()): return items # of ratings
+    return [*dict.fromkeys([*items][::-1])][::-1]
+
 # %% ../../nbs/collab_deep/lists/03_fold_in.ipynb #c020
 def fold_in(
     learn, # A learner, or a `Recommender`; many threads may read it
@@ -189,6 +198,7 @@ def fold_in(
     rec = as_recommender(learn)
     refuse_shards(rec.model, 'fold_in')
     check_list(ratings, rec.item)
+    if rec.model.reads_order: ratings = _in_order(rec.model, ratings)
     taken = ratings.tolist() if hasattr(ratings, 'tolist') else ratings
     items,features = list(dict.fromkeys(taken)),_features(rec.model, features)
     if items and rec.ranks and isinstance(ratings, dict) and not rec.model.reads_ratings:

@@ -130,6 +130,7 @@ class ScoredUsers(InParts):
     cold = (),() # ids of users and of items that it can score without any rating, in rows after those of the tables
     solves = False # is it solved for all ratings at once, by `solve(interactions, turn)`, and not trained by batches?
     reads_ratings = False # does it tell liked from disliked in what a newcomer rated, though its scores are no ratings?
+    reads_order = False # does it read the order in which a user took items?
 
     def in_units(self,
         x:Tensor, # What the parts of a score add up to, of any shape

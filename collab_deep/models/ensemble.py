@@ -116,6 +116,8 @@ class Ensemble(_MemberRows, _MemberFactors, CollabModel):
     def solves(self): return all(m.solves for m in self.members)
     @property
     def reads_ratings(self): return all(m.reads_ratings for m in self.members)
+    @property
+    def reads_order(self): return any(m.reads_order for m in self.members)
 
     def solve(self, data, turn=0):
         for m in self.members: m.solve(data, turn)

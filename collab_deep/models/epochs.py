@@ -6,15 +6,17 @@
 __all__ = []
 
 # %% ../../nbs/collab_deep/models/19_epochs.ipynb #e70cf34d
-first_epochs = dict(ratings=5, lists=10, turns=12, once=1) # epochs for ratings, of a loss on lists, or turns
-further_epochs = dict(ratings=2, lists=2, turns=4, once=1) # the same after new rows
+# Epochs for ratings, of a loss on lists, or of a model that reads their order; or turns
+first_epochs = dict(ratings=5, lists=10, order=20, turns=12, once=1)
+further_epochs = dict(ratings=2, lists=2, order=2, turns=4, once=1) # the same after new rows
 
 def trained_for(
     model, # `CollabModel`
     ranks:bool, # Is it trained for the order of lists?
-)->str: # 'ratings', 'lists', 'turns' or 'once'
+)->str: # 'ratings', 'lists', 'order', 'turns' or 'once'
     "What decides how long to train"
     from collab_deep.models.ease import EASE  # here, since torch takes a second
+    if model.reads_order: return 'order'
     if not model.solves: return 'lists' if ranks else 'ratings'
     return 'once' if all(isinstance(o, EASE) for o in getattr(model, 'members', [model])) else 'turns'
 

@@ -16,6 +16,7 @@ from .blend import Blend
 from .ease import Histories
 from .ensemble import Ensemble
 from .nn import EmbeddingNN
+from .sequence import SASRec
 
 # %% ../../nbs/collab_deep/models/17_plain.ipynb #30f25b1d
 def rectangle(
@@ -62,6 +63,17 @@ def _(model:EmbeddingNN, users, cold):
     items = torch.arange(n, device=users.device)
     return model(torch.stack([users[:,None].expand(m, n), items.expand(m, n)], -1).reshape(-1, 2)).reshape(m, n)
 
+# %% ../../nbs/collab_deep/models/17_plain.ipynb #699ec6aa
+@list_scores.register
+def _(model:SASRec, users, cold):
+    first,lengths = model.starts[users],model.starts[users+1] - model.starts[users]
+    step = torch.arange(model.max_len, device=users.device)
+    inside = step < lengths[:,None]
+    places = (first[:,None] + step).where(inside, 0)
+    states = model.states(model.taken[places]*inside)
+    last = lengths[:,None,None].expand(-1, 1, states.shape[2])
+    return model.scores_of(states.gather(1, last)[:,0])
+
 # %% ../../nbs/collab_deep/models/17_plain.ipynb #2335a0ef
 @singledispatch
 def scores_of_pairs(
@@ -76,6 +88,7 @@ def scores_of_pairs(
 def _(model:Ensemble, users, items): return model.joined([scores_of_pairs(o, users, items) for o in model.members])
 
 @scores_of_pairs.register(Histories)
+@scores_of_pairs.register(SASRec)
 @scores_of_pairs.register(Blend)
 def _(model, users, items):
     return list_scores(model, users, len(model.cold[1]) > 0).gather(1, items[:,None])[:,0]

@@ -184,6 +184,8 @@ def check_shardable(
         if isinstance(o, KeptTables) and type(o).work_out_tables is not KeptTables.work_out_tables:
             raise TypeError(f'{type(o).__name__} works its tables out of whole ones for every batch, so that none can '
                             f'be cut: train it in several processes without shard_tables, which is as exact')
+        if getattr(o, 'reads_order', False):
+            raise TypeError(f'{type(o).__name__} foretells every item from all of its table: train it in one process')
     if sum(isinstance(o, CollabModel) for o in model.modules()) > 1:
         raise TypeError(f'{type(model).__name__} holds other models: train each of them with its tables in parts')
     if not isinstance(model, CollabModel) or not model.id_tables():

@@ -17,7 +17,8 @@ from ..models.blend import Blend
 from ..models.ease import EASE
 from ..models.ials import iALS
 from ..models.liking import Interactions, sparse_of, values_by
-from .losses import as_loss
+from ..models.sequence import SASRec
+from .losses import CollabLoss, as_loss
 from .solved import SolvedLoss, interactions_of
 
 # %% ../../nbs/collab_deep/train/06_choose.ipynb #n007
@@ -109,9 +110,36 @@ def default_loss(
 ): # A `CollabLoss`
     "Squared error of ratings that differ, else softmax, sampled for many items; none for models that are solved"
     if model in solved_names or isinstance(model, Blend) or getattr(model, 'solves', False): return SolvedLoss()
+    if model == 'sasrec' or getattr(model, 'reads_order', False): return _next_item_loss()
     if dls.rating is not None and dls.y_min < dls.y_max: return as_loss('mse')
     by_sample = dls.n_items > _largest_for_softmax and model in (None, 'dot')
     return as_loss('sampled_softmax' if by_sample else 'softmax')
+
+def _next_item_loss():
+    if 'next_item' in CollabLoss.registry: return as_loss('next_item')
+    raise ValueError('models that read the order have a loss of their own: use fit_model, or '
+                     'import collab_deep.train.sequence and say loss=NextItemLoss()')
+
+def check_order(
+    model:CollabModel, # To be trained
+    loss, # `CollabLoss` to train it by
+):
+    "`ValueError` for a model that reads the order of rows beside a loss that does not, and the other way round"
+    if model.reads_order == loss.reads_order or model.solves or isinstance(model, Blend): return
+    if loss.reads_order:
+        raise ValueError(f"{loss!r} is for models that read the order of rows, as model='sasrec'; "
+                         f'found {type(model).__name__}')
+    raise ValueError(f'{type(model).__name__} reads what a user took, and {loss!r} would let it see what it is to '
+                     f'foretell: leave loss out, or say loss=NextItemLoss()')
+
+def ordered_model(
+    dls, # `RatingsDataLoaders` with times
+    n_factors:int=None, # Numbers learned for each item; those of `SASRec` if not given
+    **config, # Further arguments of `SASRec`
+)->SASRec: # Untrained; TypeError for others
+    "A model that reads the order of rows"
+    if n_factors is not None: config = dict(n_factors=n_factors) | config
+    return SASRec(dls.n_users, dls.n_items, **config)
 
 # %% ../../nbs/collab_deep/train/06_choose.ipynb #n021
 def _ease(dls, reg='auto', strength=.4):

@@ -49,7 +49,9 @@ def training_rows(
                for name,rows in zip((dls.user, dls.item), x.T)}
     if dls.rating is not None: columns[dls.rating] = y.numpy()
     if weight_name is not None: columns[weight_name] = dls.weights_of('train').numpy()
-    return pd.DataFrame(columns)
+    times = dls.train.dataset.times
+    if times is None: return pd.DataFrame(columns)
+    return pd.DataFrame(columns | {times.name: times.array}, index=times.index) # by its place in the table
 
 # %% ../../nbs/collab_deep/train/12_continued.ipynb #n016
 def _check_weighs(dls, weight_name):
@@ -82,16 +84,16 @@ def checked_rows(
     duplicates:str=None, # 'last' or 'keep'
 )->tuple: # The rows as a frame, and their row numbers [n, 2] in `dls`, 0 for who is new
     "`new_rows`, if they go with those of `dls`; `ValueError` or `TypeError` if not"
-    names = dls.user,dls.item,dls.rating
+    names,time = (dls.user, dls.item, dls.rating),getattr(dls.train.dataset.times, 'name', None)
     _check_weighs(dls, weight_name)
     df = frame_of(new_rows, dls.rating is None)
-    missing = [o for o in (*names, weight_name) if o is not None and o not in df]
+    missing = [o for o in (*names, weight_name, time) if o is not None and o not in df]
     if missing: raise ValueError(f'new rows lack {missing}, which training had; found {list(df.columns)}')
     df = with_text_ids(df, list(names[:2]))
     check_ratings(df, *names)
     _warn_of_scale(dls, df)
     if weight_name is not None: check_weights(df, weight_name)
-    df = merge_pairs(df, *names, duplicates, weight_name)
+    df = merge_pairs(df, *names, duplicates, weight_name, time)
     return df,dls.train.dataset.vocab.encode(df[dls.user], df[dls.item])
 
 # %% ../../nbs/collab_deep/train/12_continued.ipynb #n021
@@ -117,7 +119,7 @@ def _validation(dls, fresh):
     x = torch.stack([KnownRows(name, fresh.classes[name], list(dls.classes[name])).rows[rows]
                      for name,rows in zip((dls.user, dls.item), ds.x.long().cpu().T)], 1).int()
     cpu = [None if o is None else o.cpu() for o in (ds.y, ds.w)]
-    return RatingsDataset(x, cpu[0], fresh.train.dataset.vocab, cpu[1])
+    return RatingsDataset(x, cpu[0], fresh.train.dataset.vocab, cpu[1], ds.times)
 
 # %% ../../nbs/collab_deep/train/12_continued.ipynb #n025
 def with_new_rows(
@@ -132,11 +134,12 @@ def with_new_rows(
     duplicates = duplicates or ('keep' if dls.rating is None else 'last')
     rows,codes = checked_rows(dls, new_rows, weight_name, duplicates)
     replaced,held = replaced_and_held(dls, codes, duplicates)
-    old = training_rows(dls, weight_name)[~replaced.numpy()]
+    old,times = training_rows(dls, weight_name)[~replaced.numpy()].sort_index(),dls.train.dataset.times
     new = rows[~held.numpy()][list(old)]
     fresh = type(dls).from_df(
         pd.concat([old, new], ignore_index=True), dls.user, dls.item, dls.rating, 0, bs=dls.train.asked_bs,
-        implicit=dls.rating is None, duplicates='keep', weight_name=weight_name, path=dls.path, device=dls.device)
+        implicit=dls.rating is None, duplicates='keep', weight_name=weight_name,
+        time_name=None if times is None else times.name, path=dls.path, device=dls.device)
     valid = RatingsDL(_validation(dls, fresh), bs=dls.valid.bs)
     said = f'{len(new):,} new rows'
     if replaced.any(): said += f', in place of {int(replaced.sum()):,} old ones of the same pairs'

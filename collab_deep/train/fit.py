@@ -15,6 +15,7 @@ from fastai.torch_core import set_seed
 from ..data.splits import check_seed
 from ..models.blend import Blend
 from ..models.epochs import usual_epochs
+from . import sequence # so that its loss is known by name
 from .choose import solved_names
 from .learner import CollabLearner, collab_deep_learner
 from .losses import CollabLoss
@@ -22,9 +23,12 @@ from paddy_multi.core.finite import OwnEvents
 from paddy_multi.core.values import is_whole
 
 # %% ../../nbs/collab_deep/train/11_fit.ipynb #n007
+_trained = 'dot','nn','factor','sasrec' # models that are trained by batches
+
 def names_of_models():
     "All names that `fit_model` knows: of models, and of losses on lists for `DotProductBias`"
-    return [*solved_names, 'dot', 'nn', 'factor', *(name for name,o in CollabLoss.registry.items() if o.ranks)]
+    losses = [name for name,o in CollabLoss.registry.items() if o.ranks and not o.reads_order]
+    return [*solved_names, *_trained, *losses]
 
 def check_name(
     name, # What was given as the name of a model
@@ -60,8 +64,8 @@ def _check_arguments(dls, epochs, seed, given):
 # %% ../../nbs/collab_deep/train/11_fit.ipynb #n009
 def fit_model(
     dls, # `RatingsDataLoaders`
-    name:str='auto', # 'auto', 'blend', 'ease', 'ials' for lists; 'dot', 'nn', 'factor' for ratings; or a loss on lists
-    epochs:int=None, # Epochs, or turns of what is solved: 1 of EASE, 12 of iALS; 5 for ratings, 10 of a loss on lists
+    name:str='auto', # 'auto', 'blend', 'ease', 'ials', 'sasrec' for lists; 'dot', 'nn', 'factor'; or a loss on lists
+    epochs:int=None, # Epochs, or turns: 1 of EASE, 12 of iALS; 5 for ratings, 10 of a loss on lists, 20 of SASRec
     seed:int=0, # Of weights and order
     **kwargs, # For `collab_deep_learner`
 )->CollabLearner: # ValueError for an unknown name
@@ -69,7 +73,7 @@ def fit_model(
     check_name(name)
     _check_arguments(dls, epochs, seed, kwargs)
     set_seed(seed)
-    kind = dict(model=name) if name in (*solved_names, 'dot', 'nn', 'factor') else dict(loss=name)
+    kind = dict(model=name) if name in (*solved_names, *_trained) else dict(loss=name)
     learn = collab_deep_learner(dls, **kind, **kwargs)
     epochs = usual_epochs(learn.model, learn.ranks) if epochs is None else epochs
     fit = learn.fit if learn.model.solves else learn.fit_one_cycle

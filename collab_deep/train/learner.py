@@ -22,8 +22,10 @@ from ..models.carried import carried_over
 from ..models.dot import DotProductBias
 from ..models.factor import FactorModel, factor_model
 from ..models.nn import EmbeddingNN
+
 from ..models.sharded import refuse_shards
-from .choose import chose_bs, default_loss, said_of, scale_of, solved_model, solved_names
+from .choose import (check_order, chose_bs, default_loss, ordered_model, said_of, scale_of,
+                                      solved_model, solved_names)
 from .losses import CollabLoss, as_loss
 from .optimizer import RowAdamW, fused_adamw, lr_wd_for, row_adamw
 from .sampled import SampledSoftmaxLoss # enters its name
@@ -56,7 +58,7 @@ def known_before(
 def _loss_of(before, dls):
     "The loss of a learner, or of a recommender as far as it is known"
     if isinstance(before, Recommender):
-        if before.ranks and not before.model.solves:
+        if before.ranks and not before.model.solves and not before.model.reads_order:
             raise ValueError('a Recommender keeps no loss, and this one was trained for the order of lists: say '
                              "which loss, as in loss='softmax' or 'bpr'")
         return default_loss(dls, before.model)
@@ -173,11 +175,12 @@ def _make_model(dls, loss, model, n_factors, use_nn, emb_szs, layers, y_range, c
     "The model that the arguments of `collab_deep_learner` ask for"
     if isinstance(model, CollabModel): return model
     if model in solved_names: return solved_model(dls, model, n_factors, **config)
+    if model == 'sasrec': return ordered_model(dls, n_factors, **config)
     n_factors = 50 if n_factors is None else n_factors
     config = dict(y_scale=scale_of(dls, loss, y_range)) | config
     if model == 'factor': return factor_model(dls, n_factors, y_range, **config)
     if model not in (None, 'dot', 'nn'):
-        raise TypeError(f"model is one of {['dot', 'nn', 'factor', *solved_names]}, a learner to start from, "
+        raise TypeError(f"model is one of {['dot', 'nn', 'factor', 'sasrec', *solved_names]}, a learner to start from, "
                         f'or a CollabModel of your own; '
                         f'found {model!r:.60}')
     if not use_nn and model != 'nn':
@@ -197,7 +200,8 @@ def _check_given(model, y_range, **given):
     elif model in solved_names:
         no_use = {*given, 'y_range'} - {'config', *(['n_factors'] if model != 'ease' else [])}
         passed_over,why = no_use & {*names, *(['y_range'] if y_range else [])},f'model={model!r} has none'
-    elif model == 'factor': passed_over,why = {'use_nn', 'emb_szs', 'layers'} & {*names},"model='factor' has none"
+    elif model in ('factor', 'sasrec'):
+        passed_over,why = {'use_nn', 'emb_szs', 'layers'} & {*names},f'{model=} has none'
     elif not given['use_nn'] and model != 'nn':
         passed_over,why = {'emb_szs', 'layers'} & {*names},'they are for use_nn=True'
     else: return
@@ -213,7 +217,7 @@ def collab_deep_learner(
     config:dict=None, # Further arguments of the model
     y_range:tuple=None, # Lowest and highest rating that can be predicted
     loss=None, # 'mse' for ratings; 'bpr', 'softmax', 'sampled_softmax' for lists; `CollabLoss`, or f(pred, targ)
-    model=None, # 'dot', 'nn', 'factor'; for lists 'auto', 'ease', 'ials', 'blend'; a model; a learner to start from
+    model=None, # 'dot', 'nn', 'factor'; for lists 'auto', 'ease', 'ials', 'blend', 'sasrec'; a model; a learner
     lr:float=None, # Learning rate; that of `lr_wd_for` the batch size if not given
     wd:float=None, # Weight decay; that of `lr_wd_for` the batch size if not given
     cbs=None, # Callbacks
@@ -235,8 +239,9 @@ def collab_deep_learner(
     right_for_64 = (6e-3, .315) if model == 'factor' or known and isinstance(model, FactorModel) else loss.lr_wd
     model = _make_model(dls, loss, model, n_factors, use_nn, emb_szs, layers, y_range, config or {})
     loss.check_model(model)
+    check_order(model, loss)
     dls = kept_apart(loss, dls)
-    usual_lr,usual_wd = lr_wd_for(dls.train.bs, *right_for_64)
+    usual_lr,usual_wd = loss.lr_wd if loss.reads_order else lr_wd_for(dls.train.bs, *right_for_64)
     by_rows = opt_func is None and loss.by_rows(dls)
     if chosen or known or by_rows or chose_bs(dls): print(known or said_of(dls, model, loss, by_rows))
     know_ids(model, dls.vocab)

@@ -26,6 +26,7 @@ class CollabLoss:
     registry = {} # classes of losses by name
     name,loss_func = None,None # the function is of (pred, targ, reduction='mean')
     ranks = False # do scores have an order alone, so that they are no ratings?
+    reads_order = False # is it for models that read the order of rows, and for those alone?
     lr_wd = 5e-3,.1 # learning rate and weight decay that are right for batches of 64
     power = 0 # ratings c times as large make it c**power times as large; 0 where that is not known
 
@@ -91,7 +92,8 @@ def check(self:CollabLoss,
 ):
     "`ValueError` where the loss does not suit the data or the range"
     if dls.rating is None:
-        rankings = ' or '.join(repr(name) for name,o in CollabLoss.registry.items() if o.ranks)
+        known = CollabLoss.registry.items()
+        rankings = ' or '.join(repr(name) for name,o in known if o.ranks and not o.reads_order)
         raise ValueError(f'interactions without ratings have nothing to compare with: choose loss={rankings}, '
                          f'found {self!r}')
     if y_range is not None and not y_range[0] <= dls.y_min <= dls.y_max <= y_range[1]:

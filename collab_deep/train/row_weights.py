@@ -51,7 +51,8 @@ def weighed(
     if not mean: raise ValueError('all training rows have weight 0, so there is nothing to learn from')
     if column is None and (w == w[0]).all(): return dls
     old = [dl.dataset for dl in dls.loaders]
-    new = [RatingsDataset(o.x, o.y, o.vocab, None if i else (w/mean).to(o.x.device)) for i,o in enumerate(old)]
+    new = [RatingsDataset(o.x, o.y, o.vocab, None if i else (w/mean).to(o.x.device), o.times)
+           for i,o in enumerate(old)]
     return type(dls)(*(dl.new(dataset) for dl,dataset in zip(dls.loaders, new)), path=dls.path, device=dls.device)
 
 # %% ../../nbs/collab_deep/train/01_row_weights.ipynb #n016

@@ -119,7 +119,7 @@ class RowUpdates(OwnEvents):
 class SampledSoftmaxLoss(SoftmaxLoss):
     "What was taken is picked out of `n` items that a batch draws"
     name,bs = 'sampled_softmax',8192
-    large = 16 # from this many times the rows of a batch on, tables are trained by `RowAdamW`
+    large = 32 # from this many times the rows of a batch on, tables are trained by `RowAdamW`
     def __init__(self,
         n:int=1024, # Items drawn for all rows of a batch
         by:str='popularity', # Draw by how often an item was taken, or 'uniform'

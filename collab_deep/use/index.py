@@ -21,11 +21,12 @@ from ..lists.recommender import Recommender, as_recommender, check_seen, pair_sc
 from ..lists.top import list_length
 from ..models.dot import DotProduct, DotProductBias
 from ..models.factor import FactorModel
+from ..models.sequence import SASRec
 from paddy_multi.core.files import locked, written_together
 from paddy_multi.core.values import is_whole
 
 # %% ../../nbs/collab_deep/use/06_index.ipynb #77f2d93e
-_products = [o.scores_of for o in (DotProduct, DotProductBias, FactorModel)]
+_products = [o.scores_of for o in (DotProduct, DotProductBias, FactorModel, SASRec)]
 
 def check_product(
     model, # `CollabModel`
@@ -34,7 +35,7 @@ def check_product(
     if any(type(model).scores_of is o for o in _products): return
     raise TypeError(f'an index finds what has the largest product of factors, and scores of {type(model).__name__} '
                     f'are none: use recommend, which scores all items, or index DotProduct, DotProductBias, '
-                    f'FactorModel or iALS')
+                    f'FactorModel, iALS or SASRec')
 
 # %% ../../nbs/collab_deep/use/06_index.ipynb #6f1a497a
 def item_vectors(

@@ -20,6 +20,7 @@ from safetensors import torch as safetensors
 from .. import __version__
 from ..lists.check import check_recommender
 from ..lists.recommender import Recommender, as_recommender, check_seen
+from ..models import sequence # so that its model is in the registry
 from ..models.sharded import whole_model
 from ..models.weights import check_header, empty_model, filled_model, read_header, scale_in, tensors_of
 from paddy_multi.core.files import locked, write_file
