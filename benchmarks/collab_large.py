@@ -1,8 +1,8 @@
 """Lists from many items: what a sample of them saves and costs, and iALS beside that of implicit, on one thread.
 
 Times are of a synthetic table, whose quality says nothing. Quality is of real ratings: MovieLens-100k, and with
-`--books` Book-Crossing (readers and books with three and more ratings), which `make data-extra` fetches. `--peer` names a
-Python that has implicit, such as the one that `make leaderboard` makes.
+`--books` Book-Crossing (readers and books with three and more ratings), which `make data-extra` fetches. `--peer` names
+a Python that has implicit, such as the one that `make leaderboard` makes.
 """
 import argparse
 import json
@@ -106,7 +106,8 @@ x = csr_matrix((np.ones(len(data['users']), np.float32), (data['users'], data['i
 x.data[:] = 1
 for name, use_cg in (('conjugate gradients', True), ('Cholesky', False)):
     for turns in json.loads(sys.argv[3]):
-        model = AlternatingLeastSquares(int(sys.argv[2]), iterations=turns, num_threads=1, use_cg=use_cg, random_state=0)
+        model = AlternatingLeastSquares(int(sys.argv[2]), iterations=turns, num_threads=1, use_cg=use_cg,
+                                        random_state=0)
         start = time.process_time()
         model.fit(x, show_progress=False)
         print(json.dumps([name, turns, time.process_time() - start]))
@@ -166,7 +167,8 @@ def main():
     films = movielens_100k()[['user', 'title', 'rating']].rename(columns=dict(title='item'))
     real = quality('MovieLens-100k', films.head(3000) if args.quick else films, 4, 1024, 1 if args.quick else 3)
     if args.books: real += quality('Book-Crossing', books(), 8, 2048, 3)
-    save_table(dict(name='collab_large', title='Many items', about=began, shape=dict(zip(('users', 'items', 'rows'), shape)),
+    shape = dict(zip(('users', 'items', 'rows'), shape))
+    save_table(dict(name='collab_large', title='Many items', about=began, shape=shape,
                     factors=FACTORS, least_squares=solved, epochs=found, quality=real,
                     question='What do a sample of the items and a turn of least squares save and cost?'), args.out)
 

@@ -1,4 +1,4 @@
-"Sampled softmax and updates of the rows of a batch: worked out by hand, against AdamW and the full softmax, and through a learner"
+"Many items: sampled softmax, updates of the rows of a batch, short lists of iALS; by hand, against AdamW and NumPy"
 import math
 
 import numpy as np
@@ -114,7 +114,8 @@ def test_optimizers_read_the_state_of_each_other():
             table.grad = grad.clone()
             opt.step()
     tables = [torch.nn.Parameter(torch.ones(3, 2)) for _ in range(3)]
-    first, second, whole = FusedAdamW({1.: tables[:1]}, .1), RowAdamW({1.: tables[1:2]}, .1), FusedAdamW({1.: tables[2:]}, .1)
+    first, whole = (FusedAdamW({1.: [o]}, .1) for o in (tables[0], tables[2]))
+    second = RowAdamW({1.: [tables[1]]}, .1)
     taken(first, tables[0], grads[:4])
     second.load_state_dict(first.state_dict())
     tables[1].data = tables[0].data.clone()
@@ -145,7 +146,8 @@ def test_a_step_writes_the_rows_of_its_batch_alone(n_items):
 def test_with_all_items_the_loss_is_the_full_softmax(seed, by, extra):
     dls = loaders(synthetic(n=200, seed=seed), valid_pct=0)
     set_seed(seed)
-    learn = collab_deep_learner(dls, n_factors=4, loss=SampledSoftmaxLoss(dls.n_items - 1 + extra, by), config=dict(std=1.))
+    loss = SampledSoftmaxLoss(dls.n_items - 1 + extra, by)
+    learn = collab_deep_learner(dls, n_factors=4, loss=loss, config=dict(std=1.))
     pairs = dls.train.dataset.x.long()
     learn.sampled_softmax.learn = learn
     got = learn.sampled_softmax.shares(pairs)
@@ -296,7 +298,8 @@ def test_many_items_without_ratings_are_learned_from_a_sample(capsys):
 
 # --- iALS -----------------------------------------------------------------------------------------------------------
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 999), n_factors=st.integers(1, 12), least=st.sampled_from([.05, .2, .6]), unseen=st.sampled_from([.05, .3]))
+@given(seed=st.integers(0, 999), n_factors=st.integers(1, 12), least=st.sampled_from([.05, .2, .6]),
+       unseen=st.sampled_from([.05, .3]))
 def test_a_side_is_solved_as_by_numpy_row_by_row(seed, n_factors, least, unseen):
     "Lists shorter and longer than the factors are many, and weights above and below that of what was not taken"
     rng = np.random.default_rng(seed)

@@ -94,7 +94,7 @@ def _for_someone_new(rec, ratings, features, k, exclude_seen, allowed):
 def _for_many(rec, taken, features, k, allowed):
     "The table for newcomers who took nothing and have the `features`, a row for each"
     if taken:
-        raise TypeError(f'features of one newcomer are those of df.iloc[0], found DataFrame; those of many newcomers go '
+        raise TypeError(f'features of one newcomer are those of df.iloc[0], found DataFrame; those of many go '
                         f'with {{}}, nothing taken, found {len(taken)} items')
     rows = torch.stack([fold_in(rec, {}, o) for o in features_of_many(rec.model, features)])
     def score(model, numbers): return all_scores(model, rows[numbers])

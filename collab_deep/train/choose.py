@@ -124,7 +124,8 @@ def check_order(
     model:CollabModel, # To be trained
     loss, # `CollabLoss` to train it by
 ):
-    "`ValueError` for a model that reads the order of rows beside a loss that does not, and the other way round"
+    "`ValueError` for a model that cannot learn from the loss, or reads the order of rows where that does not"
+    loss.check_model(model)
     if model.reads_order == loss.reads_order or model.solves or isinstance(model, Blend): return
     if loss.reads_order:
         raise ValueError(f"{loss!r} is for models that read the order of rows, as model='sasrec'; "

@@ -27,7 +27,7 @@ from ..models.sharded import refuse_shards
 from .choose import (check_order, chose_bs, default_loss, ordered_model, said_of, scale_of,
                                       solved_model, solved_names)
 from .losses import CollabLoss, as_loss
-from .optimizer import RowAdamW, fused_adamw, lr_wd_for, row_adamw
+from .optimizer import FinishesRows, fused_adamw, lr_wd_for, row_adamw, scaled
 from .sampled import SampledSoftmaxLoss # enters its name
 from .row_weights import RowWeights, WeighedLoss
 from paddy_multi.core.autocast import RestoresAutocast
@@ -125,7 +125,7 @@ class CheckIds(OwnEvents):
                              'learn.dls.test_dl(ratings, with_labels=True); to train on them make a new learner')
 
 # %% ../../nbs/collab_deep/train/07_learner.ipynb #c010
-class CollabLearner(RestoresAutocast, Learner):
+class CollabLearner(FinishesRows, RestoresAutocast, Learner):
     "fastai's `Learner`, which also predicts a single pair, and says whether it `ranks`; it leaves autocast as it was"
     collab_loss = CollabLoss() # what it learns from, beside the function `loss_func`
 
@@ -134,12 +134,6 @@ class CollabLearner(RestoresAutocast, Learner):
         "Have scores an order alone, so that they are no ratings?"
         ranking = [o.loss_func for o in CollabLoss.registry.values() if o.ranks]
         return self.collab_loss.ranks or self.loss_func in ranking
-
-    def fit(self, *args, **kwargs):
-        "As in fastai; also one that ends with an error leaves the rows of `RowAdamW` up to date"
-        try: super().fit(*args, **kwargs)
-        finally:
-            if isinstance(self.opt, RowAdamW): self.opt.finish()
 
     def get_preds(self, ds_idx=1, dl=None, reorder=True, **kwargs):
         "As in fastai, which takes the prediction of a single pair for a tuple of one and then fails to put it in order"
@@ -238,7 +232,6 @@ def collab_deep_learner(
     loss.check(dls, model.y_range if known and not loss.ranks else y_range)
     right_for_64 = (6e-3, .315) if model == 'factor' or known and isinstance(model, FactorModel) else loss.lr_wd
     model = _make_model(dls, loss, model, n_factors, use_nn, emb_szs, layers, y_range, config or {})
-    loss.check_model(model)
     check_order(model, loss)
     dls = kept_apart(loss, dls)
     usual_lr,usual_wd = loss.lr_wd if loss.reads_order else lr_wd_for(dls.train.bs, *right_for_64)
@@ -254,6 +247,3 @@ def collab_deep_learner(
         **kwargs)
     learn.collab_loss = loss
     return learn.remove_cb(CastToTensor) # our batches are plain tensors
-
-# %% ../../nbs/collab_deep/train/07_learner.ipynb #c024
-scaled = lr_wd_for # the name in 0.1

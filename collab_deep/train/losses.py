@@ -35,6 +35,9 @@ class CollabLoss:
     ):
         if loss_func is not None: self.loss_func = loss_func
 
+    def check_model(self, model): pass # `ValueError` for a model that cannot learn from this loss
+    def by_rows(self, dls): return False # should a step touch the rows of its batch alone (`RowAdamW`)?
+
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if vars(cls).get('name'): _register(cls)
@@ -70,19 +73,6 @@ def loaders(self:CollabLoss,
 ): # `RatingsDataLoaders`, `dls` itself where nothing is to be changed
     "What the learner trains on: a column of weights counts, with a mean of 1"
     return weighed(dls)
-
-@patch
-def check_model(self:CollabLoss,
-    model, # `CollabModel`
-):
-    "`ValueError` for a model that cannot learn from this loss"
-
-@patch
-def by_rows(self:CollabLoss,
-    dls, # `RatingsDataLoaders`
-)->bool:
-    "Should a step touch the rows of its batch alone (`RowAdamW`)?"
-    return False
 
 # %% ../../nbs/collab_deep/train/02_losses.ipynb #c013
 @patch
@@ -186,9 +176,7 @@ class BPRLoss(RankingLoss):
         return [BPRCallback(NegativeSampler(dls.seen, dls.n_items), self.n, in_rows=True), TakenFirst()]
 
 # %% ../../nbs/collab_deep/train/02_losses.ipynb #w001
-def warn_of_no_row(
-    n:int, # Validation rows of a batch
-):
+def warn_of_no_row(n):
     "Warn that none of `n` rows counts"
     warnings.warn(f'of {n:,} validation rows none counts, since training has none of their items, or their ratings '
                   f'have no weight, so their loss is NaN: hold out other rows, or watch a RankingMetric')
@@ -203,8 +191,7 @@ class SoftmaxCallback(Callback):
 
     def after_pred(self):
         if hasattr(self, 'gather_preds') or not len(self.yb): return
-        pairs = self.xb[0]
-        ratings,*weights = self.yb # weights are those of training rows
+        pairs,(ratings, *weights) = self.xb[0],self.yb # weights are those of training rows
         known = (pairs[:,1] > 0).float()
         if not self.training:
             if self.weigh is not None: known = known*self.weigh(ratings)
