@@ -379,7 +379,8 @@ def test_a_name_is_given_once(registry):
 
 
 def test_a_ranking_of_ones_own_is_offered_to_interactions(clicks, my_losses):
-    with pytest.raises(ValueError, match="choose loss='bpr' or 'softmax' or 'sampled_softmax'( or 'next_item')? or 'margin', found"):
+    rankings = "'bpr' or 'softmax' or 'sampled_softmax'( or 'next_item')? or 'margin'"
+    with pytest.raises(ValueError, match=f"choose loss={rankings}, found 'mse'"):
         collab_deep_learner(clicks, loss='mse')
     assert collab_deep_learner(clicks).collab_loss.name == 'softmax'  # what is not said follows from the data
 
