@@ -433,8 +433,8 @@ def test_ensemble_is_the_mean_of_its_seeds(dls):
 
 # --- refusals -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('kwargs,text', [
-    (dict(loss='hinge'), r"loss is one of \['mse', 'bpr', 'softmax', 'sampled_softmax'(, 'next_item')?\], found 'hinge'"),
-    (dict(loss=5), r"loss is one of \['mse', 'bpr', 'softmax', 'sampled_softmax'(, 'next_item')?\], found 5"),
+    (dict(loss='hinge'), r"is one of \['mse', 'bpr', 'softmax', 'sampled_softmax'(, 'next_item')?\], found 'hinge'"),
+    (dict(loss=5), r"is one of \['mse', 'bpr', 'softmax', 'sampled_softmax'(, 'next_item')?\], found 5"),
     (dict(loss=F.l1_loss, y_range=(2, 5.5)), r'y_range \(2, 5.5\) leaves some of them out'),
     (dict(y_range=(2, 5.5)), r'ratings go from 1 to 5, and y_range \(2, 5.5\) leaves some of them out'),
     (dict(loss='softmax', y_range=STARS), "leave y_range out with loss='softmax'"),
