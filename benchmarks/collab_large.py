@@ -66,7 +66,7 @@ def epochs(n_users, n_items, n_rows):
             'sampled softmax, rows of the batch': by_rows(1024)}
     rows = []
     for way, loss in ways.items():
-        rows.append(dict(way=way, seconds=round(epoch_seconds(dls, loss), 2)))
+        rows.append(dict(asked='epoch', way=way, seconds=round(epoch_seconds(dls, loss), 2)))
         print('  ', rows[-1], flush=True)
     return rows
 
@@ -90,7 +90,8 @@ def quality(name, df, liked, bs, seeds):
             with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(10)
             seconds.append(time.process_time() - start)
             values.append(evaluate_ranking(learn, 10, liked).value['ndcg'])
-        rows.append(dict(ratings=name, items=dls.n_items - 1, way=way, ndcg=round(float(np.mean(values)), 4),
+        rows.append(dict(asked='quality', ratings=name, items=dls.n_items - 1, way=way,
+                         ndcg=round(float(np.mean(values)), 4),
                          of_seeds=[round(float(o), 4) for o in values], seconds=round(float(np.median(seconds)), 1)))
         print('  ', rows[-1], flush=True)
     return rows
@@ -142,10 +143,11 @@ def peers_per_turn(python, users, items, folder):
 
 def least_squares(shape, python, folder):
     users, items = synthetic(*shape)
-    rows = [dict(way='iALS', seconds=ours_per_turn(users, items))]
+    seconds = dict(iALS=ours_per_turn(users, items))
     if python is not None:
-        rows += [dict(way=f'implicit, {o}', seconds=s) for o, s in peers_per_turn(python, users, items, folder).items()]
-        rows += [dict(way='iALS again', seconds=ours_per_turn(users, items))]
+        seconds |= {f'implicit, {o}': s for o, s in peers_per_turn(python, users, items, folder).items()}
+        seconds['iALS again'] = ours_per_turn(users, items)
+    rows = [dict(asked='turn', way=o, seconds=s) for o, s in seconds.items()]
     for o in rows: print('  ', o, flush=True)
     return rows
 
@@ -169,7 +171,7 @@ def main():
     if args.books: real += quality('Book-Crossing', books(), 8, 2048, 3)
     shape = dict(zip(('users', 'items', 'rows'), shape))
     save_table(dict(name='collab_large', title='Many items', about=began, shape=shape,
-                    factors=FACTORS, least_squares=solved, epochs=found, quality=real,
+                    factors=FACTORS, rows=solved + found + real,
                     question='What do a sample of the items and a turn of least squares save and cost?'), args.out)
 
 if __name__ == '__main__': main()

@@ -371,7 +371,7 @@ def test_a_seed_says_it_all(few, tmp_path):
     (['--model', 'auto', '--loss', 'softmax'], 'auto is solved, and has no loss'),
     (['--model', 'ease', '--factors', 8], 'ease has no factors: leave --factors out, or choose --model ials'),
     (['--model', 'ease', '--epochs', 3], 'ease is solved in one turn: leave --epochs out'),
-    (['--model', 'svd'], "'svd' is not one of 'auto', 'blend', 'ease', 'ials', 'factor', 'dot', 'nn'"),
+    (['--model', 'svd'], "'svd' is not one of 'auto', 'blend', 'ease', 'ials', 'sasrec', 'factor', 'dot', 'nn'"),
     (['--split', 'first'], "'first' is not one of 'random', 'last', 'time'"),
     (['--duplicates', 'raise'], "'raise' is not one of 'last', 'mean', 'keep'"),
     (['--ratings', 'other.csv'], 'name one file with ratings')])

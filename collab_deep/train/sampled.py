@@ -88,7 +88,7 @@ class SampledSoftmaxCallback(SoftmaxCallback):
 
     def before_fit(self):
         refuse_shards(self.model, 'sampled softmax')
-        if getattr(getattr(self.learn, 'across_processes', None), 'ranks', None):
+        if hasattr(self.learn, 'across_processes'):
             raise ValueError("sampled softmax draws for the batch of one process: use loss='softmax' across several")
         if any(o.__name__ == 'MicroBatch' for cb in self.learn.cbs for o in type(cb).__mro__):
             raise ValueError('MicroBatch cuts a batch in parts, each of which would draw other items: leave it out, '
