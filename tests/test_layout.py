@@ -256,6 +256,11 @@ def test_numbers_are_compared_with_their_shapes(path):
     assert rules.compares_lengths(rules.code_cells(path))
 
 
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_warnings_are_not_hidden_from_what_is_tested_next(path):
+    assert rules.silences(rules.code_cells(path)) == []
+
+
 # --- what a package offers ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('module', [o for o in HOUSE if o.split('.')[1] not in ('core', 'cli')])
 def test_all_offers_every_public_name(module):

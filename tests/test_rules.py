@@ -95,3 +95,15 @@ def test_lines_of_code():
     (['from fastcore.test import *', 'test_close(1, 1)'], False),
     (['from fastcore.test import *', 'test_eq(1, 1)'], True)])
 def test_checks_that_do_not_compare_lengths_are_found(cells, found): assert rules.compares_lengths(cells) == found
+
+
+IGNORED = "warnings.simplefilter('ignore')"
+
+
+@pytest.mark.parametrize('cell, found', [
+    (IGNORED, 1), (f'x = 1\nimport warnings; {IGNORED}', 1), ('warnings.filterwarnings("ignore")', 1),
+    ("warnings.filterwarnings('ignore', category=UserWarning)", 1),
+    ("warnings.filterwarnings('ignore', category=FutureWarning)", 0),
+    ("warnings.filterwarnings('ignore', message='.*torch')", 0),
+    (f'with warnings.catch_warnings():\n    {IGNORED}\n    f()', 0)])
+def test_filters_that_outlive_their_notebook_are_found(cell, found): assert len(rules.silences([cell])) == found
