@@ -172,6 +172,50 @@ def memory(result):
                 'items per second': o['items_per_second']}
     return frame([row(o) for o in result['rows']], 'chunks')
 
+# --- leaderboards ---------------------------------------------------------------------------------------------------
+def leaderboards(folder=RESULTS/'leaderboard'):
+    "Results beside other packages, by name"
+    return {o['name']: o for o in results(folder)}
+
+def difference_text(beside):
+    "Difference to the best peer, with its 95% interval"
+    if beside is None: return 'best peer'
+    return f'{beside["mean"]:+.4f} [{beside["low"]:+.4f}, {beside["high"]:+.4f}]'
+
+def standing(beside):
+    "'better', 'level' or 'worse': where zero lies beside the interval of a difference that is better when larger"
+    return 'better' if beside['low'] > 0 else 'worse' if beside['high'] < 0 else 'level'
+
+def board_table(board):
+    "A row for each model, the best first"
+    def row(o):
+        measures = {name: o[name] for name in ('ndcg@10', 'recall@10', 'mse') if name in o}
+        return dict(model=o['model'], **measures, **{'beside the best peer': difference_text(o['beside'])},
+                    seconds=f'{o["seconds"]:.2f}')
+    return frame([row(o) for o in board['rows']], 'model')
+
+def plot_boards(boards, model):
+    "Difference of our models to the best peer of each set, as a share of that peer's value, with 95% intervals"
+    fig, ax = plt.subplots(figsize=(8, 1 + .45*len(boards)), layout='constrained')
+    for y, (name, board) in enumerate(boards.items()):
+        best = next(o for o in board['rows'] if o['beside'] is None)
+        of = next(o for o in board['rows'] if o['model'] == model)['beside']
+        low, mean, high = (100*of[o]/best[board['measure']] for o in ('low', 'mean', 'high'))
+        ax.plot([low, high], [y, y], color='C0', lw=2.5, solid_capstyle='butt')
+        ax.plot(mean, y, 'o', color='C0', ms=6)
+    ax.axvline(0, color='grey', lw=.8, ls=':')
+    best_of = [next(o['model'] for o in board['rows'] if o['beside'] is None) for board in boards.values()]
+    ax.set_yticks(range(len(boards)), [f'{name}\n{peer}' for name, peer in zip(boards, best_of)])
+    ax.set_ylim(len(boards) - .5, -.5)
+    ax.set_xlabel(f'{model} beside the best peer, % of its value')
+    return fig
+
+def peer_settings(boards):
+    "What each peer chose on the inner split of each set"
+    rows = [(o['model'], name, ', '.join(f'{k}={v}' for k, v in o['setting'].items()), o['tried'])
+            for name, board in boards.items() for o in board['rows'] if o['setting']]
+    return pd.DataFrame(rows, columns=['peer', 'set', 'setting', 'of']).sort_values(['peer', 'set']).set_index('peer')
+
 # --- on a GPU, which may not be at hand -----------------------------------------------------------------------------
 def gpu(folder=RESULTS/'gpu'):
     "What was measured on a GPU by name: sections of benchmarks/gpu.py, and figures that were imported"

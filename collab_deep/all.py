@@ -51,8 +51,8 @@ from .train.solved import *
 from .train.optimizer import *
 from .train.sampled import *
 from .train.choose import *
-from .train.learner import *
 from .train.sequence import *
+from .train.learner import *
 from .train.stopping import *
 from .train.ensemble import *
 from .train.fit import *

@@ -389,6 +389,16 @@ def test_options_that_change_nothing_are_warned_of(few, tmp_path):
                    'beside --split random: add --split last or time, or --duplicates last')
 
 
+@pytest.mark.parametrize('options, n', [([], 3941 - 30), (['--split', 'time'], 3153), (['--split', 'random'], 3153)])
+def test_a_model_that_reads_the_order_is_measured_on_what_came_last(options, n, few, tmp_path):
+    code,out,err = here('train', few, '--out', tmp_path/'m', '--model', 'sasrec', '--epochs', 1, '--factors', 4,
+                        '--duplicates', 'keep', *options)
+    assert code == 0, err
+    warned = 'come before training rows of the same user, which the model reads: use --split last or time' in err
+    assert warned == ('random' in options), err
+    assert f' items, {n:,} ratings from 1 to 5: SASRec' in out, out
+
+
 # --- what is refused, in the words of a shell -----------------------------------------------------------------------
 FULL = 'user,item,rating\n' + ''.join(f'{u},{i},{(u*i)%5+1}\n' for u in range(1, 9) for i in range(1, 9))
 TAKEN = ''.join(line.rpartition(',')[0] + '\n' for line in FULL.splitlines())

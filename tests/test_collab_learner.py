@@ -1,6 +1,7 @@
 "The learner: steps and losses against plain PyTorch, sampling, stopping, and the faults of fastai's own learner"
 import math
 import os
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -27,6 +28,7 @@ from collab_deep.lists.recommender import as_recommender
 from collab_deep.models.dot import DotProduct, DotProductBias
 from collab_deep.models.nn import EmbeddingNN
 from collab_deep.train.ensemble import collab_ensemble
+from collab_deep.train.fit import fit_model
 from collab_deep.train.learner import collab_deep_learner
 from collab_deep.train.losses import BPRLoss, CollabLoss, NegativeSampler, RankingLoss, bpr_loss
 from collab_deep.train.optimizer import FusedAdamW, lr_wd_for
@@ -462,6 +464,13 @@ def test_what_is_no_loss_yet(dls, loss, text):
 def test_a_loss_is_given_as_loss(dls):
     with pytest.raises(TypeError, match='give your own function as loss; found <function l1_loss'):
         collab_deep_learner(dls, loss_func=F.l1_loss)
+
+
+@pytest.mark.parametrize('given', [dict(weights=None), dict(alpha=40., reg=1.), dict(bs=64), dict(metric=[])])
+@pytest.mark.parametrize('make', [collab_deep_learner, fit_model])
+def test_an_argument_that_nothing_takes_is_refused_with_its_place(dls, make, given):
+    with pytest.raises(TypeError, match=re.escape(f'{sorted(given)} are no arguments of collab_deep_learner')):
+        make(dls, **given)
 
 
 def test_an_ensemble_has_members(dls):

@@ -1,5 +1,6 @@
 "The scripts that measure other packages beside ours: what they count, worked out by hand, and a small run of them"
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from scipy.sparse import csr_matrix
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT/'benchmarks'/'leaderboard'), str(ROOT/'benchmarks'/'leaderboard'/'peers')]
 import common
+import in_order
 import measure
 import sets
 
@@ -95,3 +97,51 @@ def test_a_small_run(monkeypatch, tmp_path):
     assert all(o['beside']['peer'] == 'EASE (numpy)' for name,o in rows.items() if name != 'EASE (numpy)')
     values = [o['ndcg@10'] for o in board['rows']]
     assert values == sorted(values, reverse=True) and values[0] > rows['popularity']['ndcg@10']
+
+# --- what comes next ------------------------------------------------------------------------------------------------
+PEER = '''"Lists the items that most rows have, for the tests of the board"
+import numpy as np
+import common
+import in_order
+
+def popular(rows, users, seed, listed):
+    counts = np.repeat(np.asarray(rows.matrix('ones').sum(0)).reshape(1, -1), len(users), 0)
+    lists = common.best(counts, rows.matrix('ones')[users])
+    return np.where(np.arange(lists.shape[1]) < listed, lists, -1)
+
+common.main([], in_order={'popular (peer)': (popular, dict(listed=[0, 10, 1]))})
+'''
+
+def timed_set():
+    "Synthetic stars with times that go against the order of the table"
+    df = small_set().read()
+    df['timestamp'] = np.arange(len(df))[::-1]*10
+    return sets.RatingSet('small', 'here', lambda: df, split=sets.last_of_each)
+
+def test_rows_of_a_task_are_in_order_and_its_inner_split_holds_out_what_came_last(tmp_path):
+    measured = measure.Measured(timed_set())
+    in_order.write_task(measured, tmp_path, [0])
+    task = common.OrderedTask(tmp_path)
+    numbers = measured.numbers(measured.train)[::-1]         # the last row of the table came first
+    assert np.array_equal(np.stack([task.rows.users, task.rows.items], 1), numbers)
+    last = {u: i for i,u in enumerate(task.rows.users)}      # place of each user's last row
+    assert set(np.flatnonzero(task.held)) == set(last.values())
+
+def test_a_small_board_of_what_comes_next(monkeypatch, tmp_path):
+    "A peer that lists what is popular chooses the best of three settings, and has the value of popularity"
+    script = tmp_path/'peer.py'
+    script.write_text(PEER)
+    paths = str(Path(common.__file__).parent),os.environ.get('PYTHONPATH', '')
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join(paths))
+    monkeypatch.setattr(measure, 'python_of', lambda script: sys.executable)
+    monkeypatch.setattr(in_order, 'PEER', script)
+    monkeypatch.setattr(in_order, 'SETS', [timed_set()])
+    in_order.main(['--out', str(tmp_path)])
+    board = json.loads((tmp_path/'in_order.json').read_text())['sets'][0]
+    rows = {o['model']: o for o in board['rows']}
+    peer = rows['popular (peer)']
+    assert peer['setting'] == dict(listed=10) and peer['tried'] == 3 and peer['beside'] is None
+    assert peer['ndcg@10'] == rows['popularity']['ndcg@10'] and len(peer['ndcg@10 of seeds']) == 3
+    sasrec = rows['SASRec (ours)']
+    assert sasrec['ndcg@10'] == pytest.approx(np.mean(sasrec['ndcg@10 of seeds']), abs=1e-5)
+    assert len(set(sasrec['ndcg@10 of seeds'])) > 1 and sasrec['beside']['peer'] == 'popular (peer)'

@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE/'peers')]
 import common
 import ours
-from harness import about, digits, save_table
+from harness import RESULTS, about, digits, save_table
 from sets import SETS
 
 PEERS = sorted(o for o in (HERE/'peers').glob('*.py') if o.stem != 'common')
@@ -115,15 +115,17 @@ def compared(rows, values, more_is_better):
         row['beside'] = None if row['model'] == best else dict(peer=best, **interval(own - values[best]))
     return sorted(rows, key=lambda row: -sign*values[row['model']].mean())
 
+def answers_in(folder, peers, kind):
+    "What each of `peers` hands in for the task in `folder`, with what it says of it"
+    for script in peers: run_peer(script, folder, kind)
+    for path in sorted(folder.glob(f'{kind} *.npz')):
+        said = json.loads(path.with_suffix('.json').read_text(encoding='utf-8'))
+        yield path.stem.removeprefix(f'{kind} '),np.load(path)['answer'],said
+
 def answers_of_peers(measured, kind):
-    "What each peer hands in, with what it says of it"
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        measured.write_task(folder)
-        for script in PEERS: run_peer(script, folder, kind)
-        for path in sorted(folder.glob(f'{kind} *.npz')):
-            said = json.loads(path.with_suffix('.json').read_text(encoding='utf-8'))
-            yield path.stem.removeprefix(f'{kind} '),np.load(path)['answer'],said
+        measured.write_task(Path(folder))
+        yield from answers_in(Path(folder), PEERS, kind)
 
 def row_of(name, seconds, is_ours, **more):
     return dict(model=name, ours=is_ours, seconds=digits(seconds, 3), setting=None, tried=0, tuning_seconds=None,
@@ -180,7 +182,11 @@ def show(board):
     for o in board['rows']:
         beside = o['beside']
         gap = '' if beside is None else f'{beside["mean"]:+.4f} [{beside["low"]:+.4f}, {beside["high"]:+.4f}]'
-        print(f'    {o["model"]:27} {o[board["measure"]]:.4f} {o["seconds"]:8.2f} s  {gap}', flush=True)
+        print(f'    {o["model"]:28} {o[board["measure"]]:.4f} {o["seconds"]:8.2f} s  {gap}', flush=True)
+
+def out_of(args):
+    "The folder for the JSON: beside the results of other benchmarks, whose tables have another form"
+    return args.out or (None if args.quick else RESULTS/'leaderboard')
 
 def main(argv=None):
     p = argparse.ArgumentParser(prog='measure.py', description='Who makes the better lists, and who foresees ratings?')
@@ -199,6 +205,6 @@ def main(argv=None):
             print(f'  {board["asked"]}', flush=True)
             show(board)
     save_table(dict(name='leaderboard', title='Lists and ratings beside other packages', about=began, sets=found,
-                    question='Who makes the better lists, and who foresees ratings?'), args.out)
+                    question='Who makes the better lists, and who foresees ratings?'), out_of(args))
 
 if __name__ == '__main__': main()

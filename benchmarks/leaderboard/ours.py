@@ -12,10 +12,10 @@ from collab_deep.train.fit import fit_model
 LISTS = {'auto (ours)': 'auto', 'EASE (ours)': 'ease', 'iALS (ours)': 'ials', 'softmax (ours)': 'softmax'}
 RATINGS = {'DotProductBias (ours)': 'dot', 'FactorModel (ours)': 'factor'}
 
-def loaders(df, splits):
+def loaders(df, splits, **more):
     rated = dict(rating_name='rating') if 'rating' in df else dict(weight_name='weight')
     return RatingsDataLoaders.from_df(df, user_name='user', item_name='item', **rated, splits=splits,
-                                      duplicates='keep', device='cpu')
+                                      duplicates='keep', device='cpu', **more)
 
 def fitted(dls, name):
     start = time.process_time()

@@ -61,7 +61,6 @@ def learner_of(
 ): # `CollabLearner`
     "A learner, not yet trained"
     import torch
-    import collab_deep.train.sequence # so that its loss is known by name
     from collab_deep.train.choose import default_loss, said_of
     from collab_deep.train.learner import collab_deep_learner
     from collab_deep.train.losses import as_loss

@@ -46,6 +46,7 @@ _of_models = [
     (r'\bthreshold is', '--relevant is'), (r'\bthe threshold at', '--relevant at'),
     (r'have no threshold: leave it out', 'have no threshold: leave --relevant out'),
     (r'hold out other rows, or watch a RankingMetric', 'choose another --split'),
+    (r'hold out what came last, as by .*', 'use --split last or time'),
     (r'look at the labels and inputs of this batch, which are in .*?, or use', 'use'),
     (r'use a lower learning rate than [-+.\w]*\w', 'scale the ratings, or choose another --loss'),
     (r'collab_deep\.use\.save\.save_recommender has', 'collab-deep train has'),

@@ -77,7 +77,7 @@ def _in_time(df, time, split, duplicates, ordered=False):
 def loaders_of(
     df, # Ratings
     columns:dict, # Names by 'user', 'item', 'rating', 'weight' and 'time', `None` where it is to be found
-    split:str='random', # 'random', 'last' or 'time'
+    split:str=None, # 'random', 'last' or 'time'; at random if not given, the last where the order is read
     duplicates:str=None, # 'last', 'mean' or 'keep'; 'keep' with a warning if not given
     implicit:bool=False, # Is a row an interaction, whatever its rating?
     ordered:bool=False, # Is the order of rows to be read?
@@ -87,6 +87,7 @@ def loaders_of(
     from collab_deep.data.columns import find_columns, time_column
     from collab_deep.data.loaders import RatingsDataLoaders
     n,weight = len(df),columns['weight']
+    split = split or ('last' if ordered else 'random')
     df,item = with_items(_in_time(df, columns['time'], split, duplicates, ordered), columns['item'])
     time = time_column(df) if ordered else None
     if ordered and time is None:

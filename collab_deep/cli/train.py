@@ -82,7 +82,8 @@ def train(
     weight:column('Of what a row counts, such as plays; all count the same if not given.')=None,
     time:column('Of times, for --split, --duplicates and sasrec; known by a name such as timestamp.')=None,
     implicit:option(bool, 'A row is an interaction, whatever its rating.', '--implicit')=False,
-    split:option(Split, 'Hold out a fifth at random, the last of each user, or the latest fifth.')=Split.random,
+    split:option(Split, 'Hold out a fifth at random, the last of each user, or the latest fifth; random '
+                        'if not given, last with sasrec.')=None,
     duplicates:option(Duplicates, 'Of rows with the same user and item take the last, their mean, or all.')=None,
     sep:Sep=None,
     encoding:Encoding=None,
@@ -101,8 +102,8 @@ def train(
     columns = dict(user=user, item=item, rating=rating, weight=weight, time=time)
     with speaking_options(OSError, ValueError, TypeError, FloatingPointError):
         df = read_file(file, sep, encoding, header)
-        dls = loaders_of(df, columns, split.value, duplicates and duplicates.value, implicit, name == 'sasrec',
-                         seed=seed, bs=bs)
+        dls = loaders_of(df, columns, split and split.value, duplicates and duplicates.value, implicit,
+                         name == 'sasrec', seed=seed, bs=bs)
         learn = learner_of(dls, name, loss and loss.value, factors, seed)
         _rehearse(learn, out, relevant)
         with locked(out):

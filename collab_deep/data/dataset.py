@@ -103,6 +103,17 @@ def in_order(self:RatingsDataset)->tuple: # (starts [n_users+1], row numbers [n]
     rows = torch.from_numpy(rows)
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)]),rows[users[rows].argsort(stable=True)]
 
+# %% ../../nbs/collab_deep/data/08_dataset.ipynb #208d8b0a
+def later_in_training(
+    train:RatingsDataset, # Rows to learn from, with times
+    valid:RatingsDataset, # Held-out rows, with times
+)->int:
+    "How many held-out rows came before a training row of their user"
+    last = train.times.groupby(train.x[:,0].numpy(force=True)).max()
+    users = valid.x[:,0].numpy(force=True)
+    known = np.isin(users, last.index)
+    return int((valid.times[known].array < last.loc[users[known]].array).sum())
+
 # %% ../../nbs/collab_deep/data/08_dataset.ipynb #4a74152b
 _heavy = 300 # times the usual size
 

@@ -7,8 +7,10 @@ __all__ = []
 
 # %% ../../nbs/collab_deep/train/06_choose.ipynb #n003
 import math
+from inspect import signature
 
 import torch
+from fastai.learner import Learner
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
@@ -110,15 +112,10 @@ def default_loss(
 ): # A `CollabLoss`
     "Squared error of ratings that differ, else softmax, sampled for many items; none for models that are solved"
     if model in solved_names or isinstance(model, Blend) or getattr(model, 'solves', False): return SolvedLoss()
-    if model == 'sasrec' or getattr(model, 'reads_order', False): return _next_item_loss()
+    if model == 'sasrec' or getattr(model, 'reads_order', False): return as_loss('next_item')
     if dls.rating is not None and dls.y_min < dls.y_max: return as_loss('mse')
     by_sample = dls.n_items > _largest_for_softmax and model in (None, 'dot')
     return as_loss('sampled_softmax' if by_sample else 'softmax')
-
-def _next_item_loss():
-    if 'next_item' in CollabLoss.registry: return as_loss('next_item')
-    raise ValueError('models that read the order have a loss of their own: use fit_model, or '
-                     'import collab_deep.train.sequence and say loss=NextItemLoss()')
 
 def check_order(
     model:CollabModel, # To be trained
@@ -141,6 +138,19 @@ def ordered_model(
     "A model that reads the order of rows"
     if n_factors is not None: config = dict(n_factors=n_factors) | config
     return SASRec(dls.n_users, dls.n_items, **config)
+
+# %% ../../nbs/collab_deep/train/06_choose.ipynb #2c50ecf1
+def check_further(
+    given:dict, # Arguments by name, that are to be those of `Learner`
+):
+    "`TypeError` for arguments that `Learner` does not have, or that follow from others"
+    if 'loss_func' in given:
+        raise TypeError(f'loss_func follows from loss, one of {list(CollabLoss.registry)}: choose that, or give '
+                        f"your own function as loss; found {given['loss_func']!r:.60}")
+    if unknown := sorted(given.keys() - signature(Learner).parameters):
+        raise TypeError(f'{unknown} are no arguments of collab_deep_learner: settings of a model go into '
+                        f'config=dict(...), those of a loss into the loss, as in SoftmaxLoss(weights=None), and those '
+                        f'of loaders, as bs, into RatingsDataLoaders')
 
 # %% ../../nbs/collab_deep/train/06_choose.ipynb #n021
 def _ease(dls, reg='auto', strength=.4):

@@ -6,16 +6,12 @@
 __all__ = ['fit_model', 'fit_ease', 'fit_ials', 'blend']
 
 # %% ../../nbs/collab_deep/train/11_fit.ipynb #n003
-from inspect import signature
-
 from fastai.callback.core import CancelValidException
-from fastai.learner import Learner
 from fastai.torch_core import set_seed
 
 from ..data.splits import check_seed
 from ..models.blend import Blend
 from ..models.epochs import usual_epochs
-from . import sequence # so that its loss is known by name
 from .choose import solved_names
 from .learner import CollabLearner, collab_deep_learner
 from .losses import CollabLoss
@@ -50,16 +46,12 @@ def check_epochs(
     if is_whole(epochs): return
     raise ValueError(f'epochs is how often to go over all ratings, a positive integer; found {epochs!r}')
 
-def _check_arguments(dls, epochs, seed, given):
-    "`TypeError` or `ValueError` for loaders, epochs and arguments that would be refused deep inside"
+def _check_arguments(dls, epochs, seed):
+    "`TypeError` or `ValueError` for loaders, epochs and seeds that would be refused deep inside"
     if not hasattr(dls, 'ratings_of'):
         raise TypeError(f'expected loaders, as RatingsDataLoaders.from_df(df) gives; found {type(dls).__name__}')
     if epochs is not None: check_epochs(epochs)
     check_seed(seed)
-    known = {*signature(collab_deep_learner).parameters, *signature(Learner).parameters}
-    if unknown := sorted(given.keys() - known):
-        raise TypeError(f'{unknown} are no arguments of collab_deep_learner: settings of a model go into '
-                        f'config=dict(...), and those of loaders, as bs, into RatingsDataLoaders')
 
 # %% ../../nbs/collab_deep/train/11_fit.ipynb #n009
 def fit_model(
@@ -71,7 +63,7 @@ def fit_model(
 )->CollabLearner: # ValueError for an unknown name
     "Make a learner and fit it, silently but for what was chosen"
     check_name(name)
-    _check_arguments(dls, epochs, seed, kwargs)
+    _check_arguments(dls, epochs, seed)
     set_seed(seed)
     kind = dict(model=name) if name in (*solved_names, *_trained) else dict(loss=name)
     learn = collab_deep_learner(dls, **kind, **kwargs)

@@ -85,6 +85,29 @@ def predictions_of(fit, task, setting):
     predicted = fit(task.rows, **setting)(*task.pairs.T)
     return np.clip(predicted, task.rows.values.min(), task.rows.values.max())
 
+# --- what comes next ------------------------------------------------------------------------------------------------
+class OrderedTask:
+    "Training rows in order, which of them the inner split holds out, and whose lists are asked for"
+    def __init__(self, folder):
+        data = np.load(Path(folder)/'task.npz')
+        shape = tuple(int(o) for o in data['shape'])
+        self.rows = Rows(data['users'], data['items'], np.ones(len(data['users'])), shape)
+        self.held,self.users,self.seeds = data['held'],data['list_users'],data['seeds'].tolist()
+
+def inner_ndcg_in_order(fit, task, setting):
+    "Mean NDCG of a setting on the inner split, with one seed"
+    train,held = task.rows.where(~task.held),task.rows.where(task.held)
+    seen = train.matrix('ones')
+    wanted = (held.matrix('ones') - held.matrix('ones').multiply(seen)).tocsr()
+    wanted.eliminate_zeros()
+    users = np.flatnonzero((np.diff(wanted.indptr) > 0) & (np.diff(seen.indptr) > 0))
+    lists = fit(train, users, task.seeds[0], **setting)
+    return ndcg(lists, wanted[users], np.diff(wanted.indptr)[users]).mean()
+
+def lists_in_order(fit, task, setting):
+    "Lists of each seed, [n_seeds, n_users, K]"
+    return np.stack([fit(task.rows, task.users, seed, **setting) for seed in task.seeds])
+
 # --- the script -----------------------------------------------------------------------------------------------------
 def settings_of(grid): return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
 
@@ -104,11 +127,12 @@ def tuned(fit, grid, task, measure):
     if values[at] == -np.inf: raise RuntimeError(f'none of {len(tried)} settings could be fitted')
     return tried[at],float(values[at]),len(tried),time.process_time() - start
 
-def main(packages, lists=None, ratings=None):
+def main(packages, lists=None, ratings=None, in_order=None):
     "Answer the task in the folder that the command line names, with models as {name: (fit, grid)}"
-    folder = Path(sys.argv[1])
-    task,kind = Task(folder),sys.argv[2]
-    models,measure,answer = (lists, inner_ndcg, lists_of) if kind == 'lists' else (ratings, inner_mse, predictions_of)
+    folder,kind = Path(sys.argv[1]),sys.argv[2]
+    task = OrderedTask(folder) if kind == 'in order' else Task(folder)
+    models,measure,answer = {'lists': (lists, inner_ndcg, lists_of), 'ratings': (ratings, inner_mse, predictions_of),
+                             'in order': (in_order, inner_ndcg_in_order, lists_in_order)}[kind]
     for name,(fit,grid) in (models or {}).items():
         setting,inner,n,tuning = tuned(fit, grid, task, measure)
         start = time.process_time()
