@@ -177,6 +177,12 @@ def leaderboards(folder=RESULTS/'leaderboard'):
     "Results beside other packages, by name"
     return {o['name']: o for o in results(folder)}
 
+def where_text(result):
+    "Where and when it was measured, in a line"
+    a, m = result['about'], result['about']['machine']
+    return (f'{m["cpu"]}, {m["cores"]} cores, {m["memory_gib"]} GiB; {a["threads"]} thread, {a["clock"]} time; '
+            f'torch {a["versions"]["torch"]}; {a["date"]}; load before {a["load_before"]}')
+
 def difference_text(beside):
     "Difference to the best peer, with its 95% interval"
     if beside is None: return 'best peer'
@@ -193,6 +199,8 @@ def board_table(board):
         return dict(model=o['model'], **measures, **{'beside the best peer': difference_text(o['beside'])},
                     seconds=f'{o["seconds"]:.2f}')
     return frame([row(o) for o in board['rows']], 'model')
+
+def headed(name, table): return table.rename_axis(name, axis=1)
 
 def plot_boards(boards, model):
     "Difference of our models to the best peer of each set, as a share of that peer's value, with 95% intervals"

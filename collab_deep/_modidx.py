@@ -1143,6 +1143,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'collab_deep/models/sequence.py'),
                                              'collab_deep.models.sequence.CausalAttention.__init__': ( 'collab_deep/models/sequence.html#causalattention.__init__',
                                                                                                        'collab_deep/models/sequence.py'),
+                                             'collab_deep.models.sequence.CausalAttention.added': ( 'collab_deep/models/sequence.html#causalattention.added',
+                                                                                                    'collab_deep/models/sequence.py'),
                                              'collab_deep.models.sequence.CausalAttention.forward': ( 'collab_deep/models/sequence.html#causalattention.forward',
                                                                                                       'collab_deep/models/sequence.py'),
                                              'collab_deep.models.sequence.KeepsSequences': ( 'collab_deep/models/sequence.html#keepssequences',

@@ -172,3 +172,13 @@ def test_training_that_goes_on_keeps_its_batches(capsys):
         for loss, n in (('softmax', of_lists), ('mse', of_ratings)):
             old = collab_deep_learner(loaders(bs=bs), 2, loss=loss)
             assert partial_fit(old, new, epochs=1).dls.train.bs == n
+
+
+def test_a_model_of_an_earlier_version_is_saved(tmp_path):
+    "A pickle brings the settings of its day: the arguments that came later are not among them"
+    rec = as_recommender(collab_deep_learner(loaders(), 4, model='factor'))
+    for later in ('y_scale', 'user_columns'): rec.model.settings.pop(later)
+    rec.model.y_scale = None                                                       # as it was without that setting
+    read = load_recommender(save_recommender(rec, tmp_path))
+    assert read.model.settings == rec.model.settings | dict(user_columns=[])
+    pd.testing.assert_frame_equal(recommend(read, 3), recommend(rec, 3))

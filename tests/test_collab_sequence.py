@@ -83,7 +83,7 @@ def test_neighbours_in_a_rectangle_change_nothing(histories):
 
 def test_a_block_is_the_layer_of_pytorch_in_training_too():
     torch.manual_seed(0)
-    block, theirs = Block(8, 2, 0.), nn.TransformerEncoderLayer(8, 2, 8, 0., batch_first=True, norm_first=True)
+    block, theirs = Block(8, 2, 5, 0.), nn.TransformerEncoderLayer(8, 2, 8, 0., batch_first=True, norm_first=True)
     for mine, other in zip([block.attention.query_key_value, block.attention.out, block.first, block.second,
                             block.norm_1, block.norm_2],
                            [None, theirs.self_attn.out_proj, theirs.linear1, theirs.linear2, theirs.norm1,

@@ -182,7 +182,7 @@ class BuiltAgain(nn.Module):
         args = inspect.signature(type(self)).parameters.values()
         names = [o.name for o in args if o.kind not in (o.VAR_POSITIONAL, o.VAR_KEYWORD)]
         takes_any = any(o.kind == o.VAR_KEYWORD for o in args)
-        needed = set(names) - {'y_scale'}  # which only models without a range have
+        needed = set(names) - {'y_scale', 'user_columns'}  # not of models with a range, or of an earlier version
         if needed <= set(self.settings) and (takes_any or set(self.settings) <= set(names)): return
         raise TypeError(f'{type(self).__name__} cannot be built again: its __init__ takes {names}, and its settings '
                         f'hold {list(self.settings)}. Hand arguments of your own to super().__init__ by name, '

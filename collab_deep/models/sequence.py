@@ -16,14 +16,22 @@ from paddy_multi.core.values import is_whole
 
 # %% ../../nbs/collab_deep/models/15_sequence.ipynb #93aaf565
 class CausalAttention(nn.Module):
-    "Each place as a mean of itself and those before it, weighted by how well they fit (Vaswani et al. 2017)"
+    "Each place as a mean of itself and those before, weighted by fit (Vaswani et al. 2017) and distance (Raffel et al.)"
     def __init__(self,
         n_factors:int, # Width of a place
         n_heads:int, # Means side by side, each of `n_factors/n_heads` numbers
+        max_len:int, # The largest distance
     ):
         super().__init__()
         self.n_heads = n_heads
         self.query_key_value,self.out = nn.Linear(n_factors, 3*n_factors),nn.Linear(n_factors, n_factors)
+        self.by_distance = nn.Parameter(torch.zeros(n_heads, max_len + 1))
+
+    def added(self, length):
+        "What is added to the fit of two places, [n_heads, length, length]: nothing fits what is later"
+        place = torch.arange(length, device=self.by_distance.device)
+        back = place[:,None] - place
+        return self.by_distance[:,back.clamp(min=0)].masked_fill(back < 0, -torch.inf)
 
     def forward(self,
         x:Tensor, # Sequences, [m, length, n_factors]
@@ -31,7 +39,7 @@ class CausalAttention(nn.Module):
         m,length,width = x.shape
         by_head = self.query_key_value(x).view(m, length, 3, self.n_heads, width//self.n_heads)
         query,key,value = by_head.permute(2, 0, 3, 1, 4)
-        mean = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        mean = F.scaled_dot_product_attention(query, key, value, attn_mask=self.added(length))
         return self.out(mean.transpose(1, 2).reshape(m, length, width))
 
 # %% ../../nbs/collab_deep/models/15_sequence.ipynb #ec0ae779
@@ -40,10 +48,11 @@ class Block(nn.Module):
     def __init__(self,
         n_factors:int, # Width of a place
         n_heads:int, # Heads of the attention
+        max_len:int, # The largest distance that it sees
         dropout:float, # Share of numbers that training leaves out
     ):
         super().__init__()
-        self.norm_1,self.attention = nn.LayerNorm(n_factors),CausalAttention(n_factors, n_heads)
+        self.norm_1,self.attention = nn.LayerNorm(n_factors),CausalAttention(n_factors, n_heads, max_len)
         self.norm_2,self.drop = nn.LayerNorm(n_factors),nn.Dropout(dropout)
         self.first,self.second = nn.Linear(n_factors, n_factors),nn.Linear(n_factors, n_factors)
 
@@ -142,18 +151,16 @@ class SASRec(KeepsSequences):
         self.settings = dict(n_users=n_users, n_items=n_items, n_factors=n_factors, n_blocks=n_blocks,
                              n_heads=n_heads, max_len=max_len, dropout=dropout, n_seen=n_seen)
         self.add_sequences(max_len, n_seen)
-        std = n_factors**-.5
-        self.items,self.start = Embedding(n_items, n_factors, std),nn.Parameter(std*torch.randn(n_factors))
-        self.places = nn.Parameter(std*torch.randn(max_len, n_factors))
-        self.blocks = nn.ModuleList([Block(n_factors, n_heads, dropout) for _ in range(n_blocks)])
+        self.items,self.start = Embedding(n_items, n_factors, .02),nn.Parameter(.02*torch.randn(n_factors))
+        self.blocks = nn.ModuleList([Block(n_factors, n_heads, max_len, dropout) for _ in range(n_blocks)])
         self.norm,self.drop = nn.LayerNorm(n_factors),nn.Dropout(dropout)
 
     def states(self,
         windows:Tensor, # Items, long [m, length], 0 after the end of a shorter one
     )->Tensor: # [m, length+1, n_factors]: at the start, and after each item
         "The row of each user at every place of what they took"
-        places = self.items(windows) + self.places[:windows.shape[1]]
-        x = self.drop(torch.cat([self.start.expand(windows.shape[0], 1, -1), places], 1))
+        taken = self.items(windows)*self.start.shape[0]**.5
+        x = self.drop(torch.cat([self.start.expand(windows.shape[0], 1, -1), taken], 1))
         for block in self.blocks: x = block(x)
         return self.norm(x)
 
