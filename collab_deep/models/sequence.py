@@ -16,7 +16,7 @@ from paddy_multi.core.values import is_whole
 
 # %% ../../nbs/collab_deep/models/15_sequence.ipynb #93aaf565
 class CausalAttention(nn.Module):
-    "Each place as a mean of itself and those before, weighted by fit (Vaswani et al. 2017) and distance (Raffel et al.)"
+    "Each place as a mean of itself and those before it, by fit and distance (Vaswani et al. 2017, Raffel et al. 2020)"
     def __init__(self,
         n_factors:int, # Width of a place
         n_heads:int, # Means side by side, each of `n_factors/n_heads` numbers
