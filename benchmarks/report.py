@@ -178,15 +178,18 @@ def leaderboards(folder=RESULTS/'leaderboard'):
     return {o['name']: o for o in results(folder)}
 
 def where_text(result):
-    "Where and when it was measured, in a line"
+    "Where and when it was measured, in two lines"
     a, m = result['about'], result['about']['machine']
-    return (f'{m["cpu"]}, {m["cores"]} cores, {m["memory_gib"]} GiB; {a["threads"]} thread, {a["clock"]} time; '
-            f'torch {a["versions"]["torch"]}; {a["date"]}; load before {a["load_before"]}')
+    return (f'{m["cpu"]}, {m["cores"]} cores, {m["memory_gib"]} GiB, torch {a["versions"]["torch"]}, {a["date"]}\n'
+            f'{a["threads"]} thread, {a["clock"]} time; load before {a["load_before"]}')
 
 def difference_text(beside):
     "Difference to the best peer, with its 95% interval"
     if beside is None: return 'best peer'
     return f'{beside["mean"]:+.4f} [{beside["low"]:+.4f}, {beside["high"]:+.4f}]'
+
+def row_of(board, model): return next(o for o in board['rows'] if o['model'] == model)
+def best_peer(board): return next(o['model'] for o in board['rows'] if o['beside'] is None)
 
 def standing(beside):
     "'better', 'level' or 'worse': where zero lies beside the interval of a difference that is better when larger"
@@ -195,7 +198,7 @@ def standing(beside):
 def board_table(board):
     "A row for each model, the best first"
     def row(o):
-        measures = {name: o[name] for name in ('ndcg@10', 'recall@10', 'mse') if name in o}
+        measures = {name: f'{o[name]:.4f}' for name in ('ndcg@10', 'recall@10', 'mse') if name in o}
         return dict(model=o['model'], **measures, **{'beside the best peer': difference_text(o['beside'])},
                     seconds=f'{o["seconds"]:.2f}')
     return frame([row(o) for o in board['rows']], 'model')
@@ -206,14 +209,12 @@ def plot_boards(boards, model):
     "Difference of our models to the best peer of each set, as a share of that peer's value, with 95% intervals"
     fig, ax = plt.subplots(figsize=(8, 1 + .45*len(boards)), layout='constrained')
     for y, (name, board) in enumerate(boards.items()):
-        best = next(o for o in board['rows'] if o['beside'] is None)
-        of = next(o for o in board['rows'] if o['model'] == model)['beside']
+        best, of = row_of(board, best_peer(board)), row_of(board, model)['beside']
         low, mean, high = (100*of[o]/best[board['measure']] for o in ('low', 'mean', 'high'))
         ax.plot([low, high], [y, y], color='C0', lw=2.5, solid_capstyle='butt')
         ax.plot(mean, y, 'o', color='C0', ms=6)
     ax.axvline(0, color='grey', lw=.8, ls=':')
-    best_of = [next(o['model'] for o in board['rows'] if o['beside'] is None) for board in boards.values()]
-    ax.set_yticks(range(len(boards)), [f'{name}\n{peer}' for name, peer in zip(boards, best_of)])
+    ax.set_yticks(range(len(boards)), [f'{name}\n{best_peer(board)}' for name, board in boards.items()])
     ax.set_ylim(len(boards) - .5, -.5)
     ax.set_xlabel(f'{model} beside the best peer, % of its value')
     return fig

@@ -14,6 +14,7 @@ sys.path[:0] = [str(ROOT/'benchmarks'/'leaderboard'), str(ROOT/'benchmarks'/'lea
 import common
 import in_order
 import measure
+import report
 import sets
 
 # --- what is counted ------------------------------------------------------------------------------------------------
@@ -81,6 +82,30 @@ def test_the_inner_split_is_of_training_rows_alone(tmp_path):
     stars = measured.df.rating.to_numpy()[measured.train]
     assert np.array_equal(np.r_[train.values, held.values].cumsum()[-1], stars.sum())
     assert np.array_equal(task.liked, stars >= 4)
+
+# --- the page -------------------------------------------------------------------------------------------------------
+def row(model, value, beside=None):
+    beside = beside and dict(zip(('peer', 'mean', 'low', 'high'), beside))
+    return dict(model=model, ours='ours' in model, seconds=1.234, setting=None if 'ours' in model else dict(a=1, b='x'),
+                tried=6, beside=beside, **{'ndcg@10': value})
+
+def test_a_board_as_a_table():
+    board = dict(measure='ndcg@10', rows=[row('auto (ours)', .31239, ('EASE', .0123, .001, .02)), row('EASE', .3)])
+    table = report.board_table(board)
+    assert table.loc['auto (ours)'].tolist() == ['0.3124', '+0.0123 [+0.0010, +0.0200]', '1.23']
+    assert table.loc['EASE', 'beside the best peer'] == 'best peer' == report.difference_text(None)
+    intervals = dict(better=(.001, .02), level=(-.01, .02), worse=(-.02, -.001))
+    for said,(low,high) in intervals.items(): assert report.standing(dict(low=low, high=high)) == said
+    settings = report.peer_settings({'one': board})
+    assert settings.reset_index().values.tolist() == [['EASE', 'one', 'a=1, b=x', 6]]
+    line = report.plot_boards({'one': board}, 'auto (ours)').axes[0].lines[0]
+    assert np.allclose(line.get_xdata(), [.1/.3, 2/.3])                          # percent of the best peer's value
+
+def test_every_committed_board_is_of_a_whole_run():
+    board = report.leaderboards()['leaderboard']
+    assert not board['about']['quick'] and [o['set'] for o in board['sets']] == [o.name for o in sets.SETS]
+    for o in board['sets']:
+        for found in o['boards']: assert {row['tried'] for row in found['rows'] if row['ours']} == {0}
 
 # --- a whole run ----------------------------------------------------------------------------------------------------
 def test_a_small_run(monkeypatch, tmp_path):
